@@ -40,7 +40,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from enum import Enum, StrEnum
 from json.encoder import encode_basestring_ascii as _quote
 from typing import (
@@ -389,12 +389,40 @@ def _iso(micros: int | None) -> str | None:
 
 _MASK: Final = "****"
 _SECRET_WORDS: Final = frozenset(
-    "password passwd passphrase pwd secret token authorization credential credentials cvv cvc "
-    "apikey bearer ssn pin otp jwt".split()
+    [
+        "password",
+        "passwd",
+        "passphrase",
+        "pwd",
+        "secret",
+        "token",
+        "authorization",
+        "credential",
+        "credentials",
+        "cvv",
+        "cvc",
+        "apikey",
+        "bearer",
+        "ssn",
+        "pin",
+        "otp",
+        "jwt",
+    ]
 )
 _SECRET_PAIRS: Final = frozenset(
-    "api_key access_key private_key signing_key encryption_key card_number account_number "
-    "security_code auth_key pass_word pass_phrase".split()
+    [
+        "api_key",
+        "access_key",
+        "private_key",
+        "signing_key",
+        "encryption_key",
+        "card_number",
+        "account_number",
+        "security_code",
+        "auth_key",
+        "pass_word",
+        "pass_phrase",
+    ]
 )
 _LONG_TEXT: Final = 10_000
 
@@ -405,7 +433,7 @@ def _says_secret(name: str) -> bool:
     import re
 
     words = [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)]
-    pairs = {f"{a}_{b}" for a, b in zip(words, words[1:], strict=False)}
+    pairs = {f"{a}_{b}" for a, b in zip(words, words[1:], strict=False)}  # noqa: RUF007 - itertools for one pair
     return not _SECRET_WORDS.isdisjoint(words) or not _SECRET_PAIRS.isdisjoint(pairs)
 
 
@@ -477,8 +505,7 @@ class _Shown:
     def leaks_into(self, result: str) -> bool:
         """Whether a result, as JSON, repeats a secret: as a whole value, or inside one if long."""
         return any(
-            json.dumps(s) in result or (len(s) >= 8 and json.dumps(s)[1:-1] in result)
-            for s in self.secrets
+            json.dumps(s) in result or (len(s) >= 8 and json.dumps(s)[1:-1] in result) for s in self.secrets
         )
 
 
@@ -568,9 +595,10 @@ def _form_datetime(value: datetime) -> str:
     offset = value.utcoffset()
     if offset is None:
         return _tagged("naive", _quote(value.isoformat()))
-    from datetime import datetime as plain
+    from datetime import datetime, timedelta
 
-    micros = (value.replace(tzinfo=None) - plain(1970, 1, 1) - offset) // plain.resolution
+    # naive arithmetic: years 1 and 9999 have no neighbours in other zones
+    micros = (value.replace(tzinfo=None) - datetime(1970, 1, 1) - offset) // timedelta.resolution  # noqa: DTZ001
     return _tagged("instant", str(micros))
 
 
@@ -711,7 +739,7 @@ def _main_name() -> str:
     if not path:
         return "__main__"
     stem = os.path.splitext(os.path.basename(path))[0]
-    return os.path.basename(os.path.dirname(os.path.abspath(path))) if stem == "__main__" else stem
+    return str(os.path.basename(os.path.dirname(os.path.abspath(path))) if stem == "__main__" else stem)
 
 
 def _module_name(module: str | None) -> str:
@@ -751,8 +779,9 @@ def _pack(value: Any) -> Any:
     packed = _pack_special(value, kind)
     if packed is not None:
         return packed
-    for base in (str, int, float, list, dict, tuple, set, bytes):
-        if isinstance(value, base):  # a subclass without a form of its own comes back as its base
+    bases: tuple[Callable[[Any], Any], ...] = (str, int, float, list, dict, tuple, set, bytes)
+    for base in bases:
+        if isinstance(value, cast("type", base)):  # a subclass without a form comes back as its base
             return _pack(base(value))
     raise _Unstorable(f"no stored form for {_type_name(kind)}")
 
@@ -851,7 +880,7 @@ _UNPACK: Final[dict[str, Callable[[Any], Any]]] = {
     "int": lambda v: int(v, 16),
     "float": float,
     "complex": lambda v: complex(*v),
-    "dict": lambda v: {k: w for k, w in v},
+    "dict": dict,
     "path": _unpack_std("pathlib", "Path"),
     "decimal.Decimal": _unpack_std("decimal", "Decimal"),
     "uuid.UUID": _unpack_std("uuid", "UUID"),
@@ -1033,7 +1062,7 @@ def _resolve_callable(fn: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any], st
         return inner, (owner,), {}, _function_name(inner, owner), True
     if hasattr(fn, "__code__"):
         return fn, (), {}, _function_name(fn), _first_is_receiver(fn)
-    if isinstance(fn, type) or not hasattr(type(fn), "__call__") or hasattr(fn, "__name__"):
+    if isinstance(fn, type) or hasattr(fn, "__name__"):
         module = getattr(fn, "__module__", None) or getattr(owner, "__name__", "builtins")
         return fn, (), {}, f"{_module_name(module)}.{getattr(fn, '__qualname__', fn)}", False
     return type(fn).__call__, (fn,), {}, _type_name(type(fn)), True
@@ -1112,15 +1141,16 @@ def _refuse_uncallable(fn: Any, where: str) -> None:
             "itself and build the framework's tool object from the guarded function"
         )
     marks = ("args_schema", "tool_spec", "inputs", "func", "fn", "params_json_schema", "input_schema")
-    if not hasattr(fn, "__code__") and not isinstance(fn, type | functools.partial):
-        if hasattr(fn, "name") and hasattr(fn, "description") and any(hasattr(fn, m) for m in marks):
-            raise UsageError(
-                f"{where}: {_brief(fn)} is a tool object of {type(fn).__module__.partition('.')[0]}; "
-                "guard the function first, then build the tool from what guard.once or "
-                "guard.wrap_tools gives back"
-            )
+    plain = hasattr(fn, "__code__") or isinstance(fn, type | functools.partial)
+    described = hasattr(fn, "name") and hasattr(fn, "description")
+    if not plain and described and any(hasattr(fn, m) for m in marks):
+        raise UsageError(
+            f"{where}: {_brief(fn)} is a tool object of {type(fn).__module__.partition('.')[0]}; "
+            "guard the function first, then build the tool from what guard.once or "
+            "guard.wrap_tools gives back"
+        )
     inner = fn.func if isinstance(fn, functools.partial) else fn
-    inner = inner if hasattr(inner, "__code__") else getattr(type(inner), "__call__", None)
+    inner = inner if hasattr(inner, "__code__") else getattr(type(inner), "__call__", None)  # noqa: B004 - its code is wanted, not whether it is
     code = getattr(inner, "__code__", None)
     if code is None:
         return
@@ -1614,6 +1644,10 @@ class Store:
         wall = self.clock.wall()
         return _Now(wall, self.clock.mono(), lambda run: run.lease <= wall)
 
+    def now_for(self, rows: Sequence[Run]) -> _Now:
+        """The clocks, and whether a RUNNING row's owner is over, for a decision on rows just read."""
+        return self._now()
+
     def _is_mine(self, version: Record) -> bool:
         found = self.get(version.id)
         return found is not None and found.holder == version.holder
@@ -1736,6 +1770,16 @@ class Store:
         if blocked is None:
             blocked = sum(r.blocked for r in rows)
         return _record(rows, blocked, in_doubt=doubt)._replace(holder=self.holder(rows[-1]))
+
+    def look(self, id: str) -> Record | None:
+        """The record of a call, with all that is counted; None if it was never made."""
+        rows = self.rows(id)
+        counters = self._counter_records(id)
+        if not rows:
+            return _tally_record(counters) if counters else None
+        newest = self._newest(id)[1]
+        forgiven = newest.blocked if newest else 0
+        return self.describe(rows, sum(c.blocked for c in counters) - forgiven)
 
     def holder(self, run: Run) -> str:
         """Where the owner of a run lives, for people."""
@@ -1940,7 +1984,18 @@ class MemoryStore(Store):
 
     def _note(self, row: Run, kind: str, n: int, detail: str) -> None:
         event = _event(
-            (len(self._log) + 1, row.call, row.run, kind, self.clock.wall(), row.tool, row.wf, row.caller, n, detail)
+            (
+                len(self._log) + 1,
+                row.call,
+                row.run,
+                kind,
+                self.clock.wall(),
+                row.tool,
+                row.wf,
+                row.caller,
+                n,
+                detail,
+            )
         )
         self._log.append(event)
 
@@ -1979,6 +2034,8 @@ class MemoryStore(Store):
         """The record of a call."""
         rows = self.rows(id)
         return self.describe(rows) if rows else self._tallies.get(id)
+
+    look = get
 
     def claim(self, record: Record) -> bool:
         """Insert a call as it is described, if it is absent."""
@@ -2149,13 +2206,14 @@ class _Keeper:
             elif due <= now:
                 self._live[token] = (ref, now + ask.claim.lease / _MICROS / 3)
                 op = _make(_Renew, call=ask.claim.call, token=token, run=ask.run, lease=ask.claim.lease)
-                if self.store.transact(op).kind == "lost" and self._live.pop(token, None):
+                if self.store.transact(op).kind == "lost" and token in self._live:
+                    self.forget(token)
                     ask.lost()
 
     def _retry(self) -> None:
         with self._lock:
             pending, self._pending = self._pending, []
-        for index, (op, ask) in enumerate(pending):
+        for index, (op, _) in enumerate(pending):
             try:
                 self.store.transact(op)
             except LedgerError:
@@ -2326,8 +2384,28 @@ SELECT tool,
 """
 
 _NETWORK_FS: Final = frozenset(
-    "nfs nfs4 cifs smb3 smbfs 9p virtiofs ceph gfs2 ocfs2 lustre afs glusterfs beegfs fuse.sshfs "
-    "fuse.glusterfs fuse.s3fs fuse.rclone fuse.gcsfuse fuse.juicefs".split()
+    [
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb3",
+        "smbfs",
+        "9p",
+        "virtiofs",
+        "ceph",
+        "gfs2",
+        "ocfs2",
+        "lustre",
+        "afs",
+        "glusterfs",
+        "beegfs",
+        "fuse.sshfs",
+        "fuse.glusterfs",
+        "fuse.s3fs",
+        "fuse.rclone",
+        "fuse.gcsfuse",
+        "fuse.juicefs",
+    ]
 )
 _BALLAST_BYTES: Final = 262_144
 _MEANING: Final = {
@@ -2865,6 +2943,15 @@ class SqliteStore(Store):
 
         return _Now(wall, mono, over)
 
+    def now_for(self, rows: Sequence[Run]) -> _Now:
+        """The clocks, and whether a RUNNING row's owner is over, for a decision on rows just read."""
+        over = {r.run: self.is_over(r) for r in rows if r.status == "running"}
+        return _Now(self.clock.wall(), self.clock.mono(), lambda run: over[run.run])
+
+    def is_over(self, run: Run) -> bool:
+        """Whether the owner of a RUNNING run is over."""
+        return self._read(lambda db: self._now_on(db).over(run), False)
+
     def _owner(self, db: sqlite3.Connection, token: str) -> _Process | None:
         name = token.partition(".")[0]
         if name not in self._owners:
@@ -2973,11 +3060,11 @@ class SqliteStore(Store):
         )
         return _record_of_tally(found) if found else None
 
+    look = get
+
     def describe(self, rows: Sequence[Run], blocked: int | None = None) -> Record:
         """The record of a call from its runs."""
-        doubt = False
-        if rows[-1].status == "running":
-            doubt = self._read(lambda db: self._now_on(db).over(rows[-1]), False)
+        doubt = rows[-1].status == "running" and self.is_over(rows[-1])
         record = _record(rows, sum(r.blocked for r in rows), in_doubt=doubt)
         return record._replace(holder=self.holder(rows[-1]))
 
@@ -2990,28 +3077,27 @@ class SqliteStore(Store):
         """Every call with its runs, oldest first; no read transaction stays open between pages."""
         after = 0
         while True:
-            page = self._read(functools.partial(self._page, after=after, wf=wf), [])
+            read = functools.partial(self._page, after=after, wf=wf)
+            page: list[tuple[int, list[Run]]] = self._read(read, [])
             if not page:
                 break
             after = page[-1][0]
             for _, rows in page:
                 if rows and _is_named(rows[-1].tool, tool):
                     yield self.describe(rows), rows
-        found = self._read(lambda db: db.execute("SELECT * FROM tallies ORDER BY created").fetchall(), [])
+        found = self._fetch("SELECT * FROM tallies ORDER BY created")
         for row in found:
             if _is_named(row[1], tool) and wf in (None, row[2]):
                 yield _record_of_tally(row), []
 
-    def _page(
-        self, db: sqlite3.Connection, *, after: int, wf: str | None
-    ) -> list[tuple[int, list[Run]]]:
+    def _page(self, db: sqlite3.Connection, *, after: int, wf: str | None) -> list[tuple[int, list[Run]]]:
         """The next calls after a row id; a call stands where its first run stands."""
         firsts = db.execute(
             "SELECT id, call FROM runs AS r WHERE id > ? AND (? IS NULL OR wf = ?) AND NOT EXISTS"
             " (SELECT 1 FROM runs AS e WHERE e.call = r.call AND e.run < r.run) ORDER BY id LIMIT 200",
             (after, wf, wf),
         ).fetchall()
-        return [(id, self._rows(db, call)) for id, call in firsts]
+        return [(first, self._rows(db, call)) for first, call in firsts]
 
     def all(self, wf: str | None = None) -> Iterator[Record]:
         """The record of every call, or of those of one workflow, oldest first."""
@@ -3025,12 +3111,15 @@ class SqliteStore(Store):
             " WHERE seq > ? ORDER BY seq LIMIT 500"
         )
         while True:
-            seen = after
-            page = self._read(lambda db: db.execute(sql, (seen,)).fetchall(), [])
+            page = self._fetch(sql, after)
             if not page:
                 return
             after = page[-1][0]
             yield from map(_event, page)
+
+    def _fetch(self, sql: str, *values: Any) -> list[Any]:
+        nothing: list[Any] = []
+        return self._read(lambda db: db.execute(sql, values).fetchall(), nothing)
 
     def totals(self) -> dict[str, dict[str, int]]:
         """Per tool: actions, attempts, executed, blocked, failed, in_doubt, suspended, running."""
@@ -3172,8 +3261,7 @@ class SqliteStore(Store):
                 if not over(Run(*row)):
                     raise _busy_reset(self.describe([Run(*row)]))
             chosen = (
-                "(:wf IS NULL OR wf = :wf) AND call NOT IN"
-                " (SELECT call FROM runs WHERE started > :asked)"
+                "(:wf IS NULL OR wf = :wf) AND call NOT IN (SELECT call FROM runs WHERE started > :asked)"
             )
             sums = (
                 "SELECT tool, COUNT(DISTINCT call), COUNT(*),"
@@ -3320,7 +3408,7 @@ class SqliteStore(Store):
 
 
 _INSERT_FIRST: Final = (
-    f"INSERT INTO runs ({_COLUMNS}) SELECT {', '.join('?%d' % (n + 1) for n in range(len(Run._fields)))}"
+    f"INSERT INTO runs ({_COLUMNS}) SELECT {', '.join(f'?{n + 1}' for n in range(len(Run._fields)))}"
     " WHERE NOT EXISTS (SELECT 1 FROM runs WHERE call = ?1) ON CONFLICT DO NOTHING"
 )
 _HOT: Final[dict[Any, Callable[[SqliteStore, sqlite3.Connection, Any], _Verdict | None]]] = {
@@ -3409,13 +3497,1539 @@ _forked: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
 _forks_hooked = False
 
 
+def _each_store(act: Callable[[SqliteStore], None]) -> None:
+    for store in list(_forked):
+        act(store)
+
+
 def _track_forks(store: SqliteStore) -> None:
     global _forks_hooked
     _forked.add(store)
     if not _forks_hooked and hasattr(os, "register_at_fork"):
         _forks_hooked = True
         os.register_at_fork(
-            before=lambda: [s._before_fork() for s in list(_forked)] and None,
-            after_in_parent=lambda: [s._after_fork_in_parent() for s in list(_forked)] and None,
-            after_in_child=lambda: [s._after_fork_in_child() for s in list(_forked)] and None,
+            before=functools.partial(_each_store, SqliteStore._before_fork),
+            after_in_parent=functools.partial(_each_store, SqliteStore._after_fork_in_parent),
+            after_in_child=functools.partial(_each_store, SqliteStore._after_fork_in_child),
         )
+
+
+# ═══ Policies ═════════════════════════════════════════════════════════════════════════
+
+#: exception types by full name that suspend a tool instead of failing it; the one place that
+#: knows frameworks, matched by name so that none is imported. Add your own framework's here.
+known_suspends: Final[set[str]] = {
+    "langgraph.errors.GraphBubbleUp",
+    "pydantic_ai.exceptions.ApprovalRequired",
+    "pydantic_ai.exceptions.CallDeferred",
+    "pydantic_ai.exceptions.ModelRetry",
+    "pydantic_ai.exceptions.SkipToolExecution",
+}
+
+ErrorTypes = type[BaseException] | Iterable[type[BaseException]]
+Names = str | Iterable[str]
+
+
+class PolicyOptions(TypedDict, total=False):
+    """The options of a tool's policy; `Policy` says what each means."""
+
+    unlimited: bool
+    replay: bool
+    max: int
+    ttl: float | timedelta | None
+    timeout: float | timedelta
+    wait: float | timedelta
+    key: str | Sequence[str] | Callable[..., Any] | None
+    ignore: Names
+    match: Names
+    redact: Names
+    irreversible: bool
+    no_effect: ErrorTypes
+    suspends: ErrorTypes
+    on_doubt: Literal["rerun", "block"] | Callable[[Record], Any]
+    record: Literal["all", "no-result", "no-args", "nothing"]
+    name: str | None
+    blocked_return: Any
+
+
+class Policy:
+    """What may happen to the calls of a tool.
+
+    unlimited      runs every time; only counted
+    replay         a duplicate gets the recorded result, and waits for a live run (`wait` seconds)
+    max, ttl       at most `max` successes (in `ttl` seconds, judged by the wall clock)
+    timeout        how many seconds of silence mean that a run's process is dead
+    key            names of the parameters, or a function of them, that say what one action is
+    ignore         parameters that do not count for identity
+    match          parameters that must agree between duplicates, else `KeyConflict`
+    redact         further parameters, keys or fields that hold secrets
+    irreversible   after an error or a crash nobody may run it again without knowing more
+    no_effect      errors that prove that nothing happened
+    suspends       errors by which the tool suspends itself; `known_suspends` always count
+    on_doubt       "rerun", "block", or a function that finds out: it answers with the result,
+                   with `NOT_DONE` or with `STILL_UNKNOWN`
+    record         "all", "no-result", "no-args" or "nothing"
+    name           identity of the tool instead of `module.qualname`
+    blocked_return what a blocked call returns: a value, or a function of the record
+
+    Raises `PolicyError` for options that are unknown, out of range or contradict each other.
+    """
+
+    def __init__(self, **options: Unpack[PolicyOptions]) -> None:
+        _check_options(options)
+        get: Callable[..., Any] = options.get
+        self.unlimited: bool = get("unlimited", False)
+        self.replay: bool = get("replay", False)
+        self.max: int = get("max", 1)
+        self.ttl: int | None = None if get("ttl") is None else _micros(get("ttl"))
+        self.timeout: int = _micros(get("timeout", 300))
+        self.wait: float = _micros(get("wait", 30)) / _MICROS
+        key = get("key")
+        self.key: tuple[str, ...] | Callable[..., Any] | None = (
+            key if key is None or callable(key) else (key,) if isinstance(key, str) else tuple(key)
+        )
+        self.ignore = _names(get("ignore", ()))
+        self.match = _names(get("match", ()))
+        self.redact = _names(get("redact", ()))
+        self.irreversible: bool = get("irreversible", False)
+        self.no_effect = _types(get("no_effect", ()))
+        self.suspends = _types(get("suspends", ()))
+        self.on_doubt = get("on_doubt", "block" if self.irreversible else "rerun")
+        self.record: str = get("record", "all")
+        self.name: str | None = get("name")
+        self.blocked_return: Any = get("blocked_return", _NOTHING)
+        #: one recorded success answers every duplicate, whatever else is recorded
+        self.simple = self.max == 1 and self.ttl is None and not self.match and not self.unlimited
+
+
+def _check_options(options: Any) -> None:
+    known = PolicyOptions.__annotations__
+    for name in options:
+        if name not in known:
+            import difflib
+
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"the options are {', '.join(known)}"
+            raise PolicyError(f"there is no policy option {name!r}; {hint}")
+    for name, valid, what in _RANGES:
+        if name in options and not valid(options[name]):
+            raise PolicyError(f"{name}={options[name]!r} is not {what}")
+    for name in ("no_effect", "suspends"):
+        if name in options:
+            _types(options[name])
+    for one, other, why in _CONTRADICTIONS:
+        if one(options) and other(options):
+            raise PolicyError(f"the policy contradicts itself: {why}")
+
+
+def _is_seconds(value: Any) -> bool:
+    return _micros(value) > 0 if not isinstance(value, bool | str) else False
+
+
+_RANGES: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
+    ("max", lambda v: type(v) is int and v >= 1, "a whole number from 1 on"),
+    ("ttl", lambda v: v is None or _is_seconds(v), "a positive number of seconds or a timedelta"),
+    ("timeout", _is_seconds, "a positive number of seconds or a timedelta"),
+    ("wait", lambda v: v == 0 or _is_seconds(v), "a number of seconds from 0 on or a timedelta"),
+    ("record", lambda v: v in ("all", "no-result", "no-args", "nothing"), "all, no-result, no-args or nothing"),
+    ("on_doubt", lambda v: v in ("rerun", "block") or callable(v), "'rerun', 'block' or a function"),
+    ("key", lambda v: v is None or callable(v) or len(v) > 0, "a list of parameters or a function of them"),
+    ("name", lambda v: v is None or (type(v) is str and v != ""), "a name"),
+)  # fmt: skip
+_CONTRADICTIONS: Final[tuple[tuple[Callable[[Any], Any], Callable[[Any], Any], str], ...]] = (
+    (
+        lambda o: o.get("unlimited"),
+        lambda o: {"max", "ttl", "wait", "match", "on_doubt"} & o.keys() or o.get("replay") or o.get("irreversible"),
+        "an unlimited tool runs every time, so max, ttl, replay, wait, match, on_doubt and irreversible mean nothing",
+    ),
+    (lambda o: "wait" in o, lambda o: o.get("replay") is False, "wait needs replay=True"),
+    (
+        lambda o: o.get("replay"),
+        lambda o: o.get("record") in ("no-result", "nothing"),
+        "a result that is not recorded cannot be replayed",
+    ),
+    (lambda o: o.get("irreversible"), lambda o: o.get("on_doubt") == "rerun", "an irreversible tool cannot rerun in doubt"),
+    (lambda o: o.get("key"), lambda o: o.get("ignore"), "key says what counts, so ignore means nothing"),
+)  # fmt: skip
+
+
+def _micros(value: Any) -> int:
+    seconds = value.total_seconds() if hasattr(value, "total_seconds") else value
+    if not isinstance(seconds, int | float) or seconds != seconds:
+        raise PolicyError(f"{value!r} is not a number of seconds or a timedelta")
+    return int(min(seconds, 1e11) * _MICROS)
+
+
+def _names(value: Names) -> frozenset[str]:
+    return frozenset({value} if isinstance(value, str) else value)
+
+
+def _types(value: Any) -> tuple[type[BaseException], ...]:
+    types = (value,) if isinstance(value, type) else tuple(value)
+    for kind in types:
+        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+            raise PolicyError(f"{kind!r} is not an exception type")
+    return types
+
+
+def _layered(*layers: PolicyOptions) -> PolicyOptions:
+    """Later layers win; what an earlier one says against them is dropped."""
+    merged: dict[str, Any] = {}
+    for layer in reversed(layers):
+        for name, value in layer.items():
+            if name in merged:
+                continue
+            try:
+                _check_options({**merged, name: value})
+            except PolicyError:
+                continue
+            merged[name] = value
+    return cast("PolicyOptions", merged)
+
+
+# ═══ Notices ══════════════════════════════════════════════════════════════════════════
+
+
+def _notice(text: str) -> None:
+    """A line on stderr; stdout belongs to the program."""
+    stream = sys.stderr
+    if stream is None:
+        return
+    try:
+        stream.write(f"[ledger] {text}\n")
+    except UnicodeEncodeError:
+        stream.write(f"[ledger] {text.encode('ascii', 'replace').decode()}\n")
+    except (OSError, ValueError):  # closed: a notice is not worth an error
+        pass
+
+
+def _warn(text: str, *, error: BaseException | None = None) -> None:
+    """Something that must not pass unseen, also when the guard is quiet."""
+    import logging
+
+    logging.getLogger("ledger").warning(text, exc_info=error)
+
+
+def _log_debug(text: str, *values: object) -> None:
+    import logging
+
+    logging.getLogger("ledger").debug(text, *values)
+
+
+# ═══ One attempt ══════════════════════════════════════════════════════════════════════
+
+
+class _Ask:
+    """One attempt: what was asked for, and how far it has come."""
+
+    __slots__ = (
+        "__weakref__", "args", "bound", "claim", "current", "ending", "entered", "guard", "kwargs", "open",
+        "pid", "policy", "rows", "run", "sent", "shown", "store", "tool", "waited",
+    )  # fmt: skip
+
+    guard: Guard
+    tool: _Tool
+    policy: Policy
+    store: Store
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    bound: dict[str, Any]
+    claim: _Claim
+    shown: _Shown
+    rows: Sequence[Any]
+    current: Current
+    ending: _Settle | None
+
+    def __init__(self) -> None:
+        self.run = 0
+        self.open = self.entered = self.waited = False
+        self.ending = None
+        self.pid = os.getpid()
+        self.sent = 0.0
+
+    def lost(self) -> None:
+        """The keeper found the run taken over."""
+        _warn(
+            f"{_short(self.claim.tool)} (call {self.claim.call}): run {self.run} was silent for longer "
+            "than its timeout and was taken over while it still runs; its end will be recorded as late"
+        )
+
+
+class _Reply(NamedTuple):
+    kind: Literal["executed", "blocked", "replayed", "waited"]
+    value: Any
+    error: BaseException | None = None
+
+
+#: what an attempt asks its driver to do: (what, argument)
+_Step = tuple[Literal["transact", "rows", "wait", "run", "user"], Any]
+
+_running: contextvars.ContextVar[tuple[_Ask, ...]] = contextvars.ContextVar("ledger_running", default=())
+
+
+def current() -> Current | None:
+    """The run that is going on, or None outside a guarded tool."""
+    asks = _running.get()
+    return asks[-1].current if asks else None
+
+
+def idempotency_key() -> str:
+    """The key to pass on to the service: the same for every run of one intended effect.
+
+    Raises `UsageError` outside a guarded tool.
+    """
+    run = current()
+    if run is None:
+        raise UsageError("idempotency_key() was called outside a guarded tool; call it inside the tool")
+    return run.idempotency_key
+
+
+class _Course:
+    """The life of one attempt, once for sync and async: yields what must be waited for."""
+
+    def __init__(self, ask: _Ask) -> None:
+        self.ask = ask
+        self.guard = ask.guard
+        self.deadline = time.monotonic() + ask.policy.wait
+
+    def steps(self) -> Generator[_Step, Any, _Reply]:
+        ask = self.ask
+        if ask.policy.unlimited:
+            return (yield from self._unlimited())
+        verdict: _Verdict | None = None
+        rows = (yield ("rows", None)) if ask.rows else []
+        while True:
+            if rows:
+                verdict = ask.claim.judge(rows, ask.store.now_for(rows))
+            if not rows or verdict is None or verdict.kind == "run":
+                verdict = yield from self._claim()
+            if verdict.kind == "granted":
+                return (yield from self._enter(verdict))
+            reply = yield from self._refused(verdict)
+            if reply is not None:
+                return reply
+            verdict = None
+            rows = yield ("rows", None)
+
+    def _claim(self) -> Generator[_Step, Any, _Verdict]:
+        ask = self.ask
+        ask.sent = time.monotonic()
+        ask.open = True
+        verdict: _Verdict = yield ("transact", ask.claim)
+        if verdict.kind != "granted":
+            ask.open = False
+        if verdict.kind == "lost":
+            ask.claim.token = new_token()
+        return verdict
+
+    def _refused(self, verdict: _Verdict) -> Generator[_Step, Any, _Reply | None]:
+        """What a duplicate gets; None to look again."""
+        ask, row = self.ask, verdict.row
+        if verdict.kind == "lost" or row is None:
+            return None
+        self._refuse_mismatch(row)
+        if verdict.kind == "done":
+            return self.guard._answer_done(ask, row.run, row.result)
+        if verdict.kind == "reconcile":
+            return (yield from self._reconcile(row))
+        record = ask.store.describe([row])
+        if verdict.kind == "doubt":
+            self.guard._count(ask, row.run)
+            self.guard._tell(self.guard._on_doubt, record)
+            raise InDoubt(_doubt_text(record), record)
+        own = any(a.claim.token == row.owner for a in _running.get())
+        if not ask.policy.replay:
+            return self.guard._answer_blocked(ask, row.run, "is running")
+        left = self.deadline - time.monotonic()
+        if own or left <= 0:
+            self.guard._count(ask, row.run)
+            why = "is what this call is part of" if own else "is still running"
+            raise InProgress(
+                f"call {record.short} ({record.call}) {why} in {record.holder} since "
+                f"{_clock_text(record.started)}; wait for it, or allow more with wait=…",
+                record,
+            )
+        ask.waited = True
+        yield ("wait", left)
+        return None
+
+    def _refuse_mismatch(self, row: Run) -> None:
+        """Parameters named in match= must be what they were."""
+        if not (self.ask.claim.matched and row.matched):
+            return
+        theirs, ours = json.loads(row.matched), json.loads(self.ask.claim.matched)
+        differ = sorted(n for n in ours if n in theirs and ours[n] != theirs[n])
+        if differ:
+            self.guard._count(self.ask, row.run)
+            raise KeyConflict(
+                f"{_short(row.tool)} did not run: call {row.call} was made before with another "
+                f"{', '.join(differ)}; use another key for another action",
+                self.ask.store.describe([row]),
+            )
+
+    def _reconcile(self, row: Run) -> Generator[_Step, Any, _Reply | None]:
+        """Ask the user's function what really happened; nothing is written before its answer."""
+        ask = self.ask
+        record = ask.store.describe([row])._replace(in_doubt=True)
+        try:
+            answer = yield ("user", (ask.policy.on_doubt, record))
+        except Exception as error:
+            raise InDoubt(f"{_doubt_text(record)} (reconcile failed: {error!r})", record) from error
+        if answer is STILL_UNKNOWN:
+            self.guard._count(ask, row.run)
+            raise InDoubt(_doubt_text(record), record)
+        if answer is NOT_DONE:
+            ask.claim.not_done = (row.run, row.owner)
+            verdict = yield from self._claim()
+            return (yield from self._enter(verdict)) if verdict.kind == "granted" else None
+        op = _make(
+            _Resolve, call=row.call, token=new_token(), run=row.run, owner=row.owner, done=True,
+            result=self._stored(answer), reconciled=True, why="reconcile: done",
+        )  # fmt: skip
+        yield ("transact", op)
+        return None
+
+    def _enter(self, verdict: _Verdict) -> Generator[_Step, Any, _Reply]:
+        """Run the tool; whatever it does, its run is settled."""
+        ask, claim, row = self.ask, self.ask.claim, verdict.row
+        assert row is not None
+        ask.run = row.run
+        if verdict.closed is not None:
+            self.guard._tell(self.guard._on_doubt, ask.store.describe([verdict.closed]))
+        if time.monotonic() - ask.sent > claim.lease / _MICROS:  # a stall: is it still mine?
+            renewal = _make(_Renew, call=claim.call, token=claim.token, run=ask.run, lease=claim.lease)
+            if (yield ("transact", renewal)).kind != "renewed":
+                ask.open = False
+                raise InProgress(f"run {ask.run} of {_short(claim.tool)} was taken over before it began")
+        key = f"{claim.call}-{verdict.anchor}"
+        ask.current = Current(claim.call, ask.run, claim.tool, claim.wf, claim.caller, key)
+        ask.store.keeper.watch(ask)
+        value, error = yield ("run", None)
+        if os.getpid() != ask.pid:  # a forked child came back out of the tool: the run is the parent's
+            ask.open = False
+            return _Reply("executed", value, error)
+        ask.ending = self._ending(value, error)
+        yield from self._settle(ask.ending)
+        ask.open = False
+        return _Reply("executed", value, error)
+
+    def _ending(self, value: Any, error: BaseException | None) -> _Settle:
+        ask = self.ask
+        status, result, text, trace = "success", None, None, None
+        if error is None:
+            result = self._stored(value)
+        else:
+            status = self._status_of(error)
+            text = ask.shown.clean(_error_text(error))
+            trace = None if status == "suspended" else ask.shown.clean(_trace_text(error))
+        return _make(
+            _Settle, call=ask.claim.call, token=ask.claim.token, run=ask.run, status=status,
+            result=result, error=text, trace=trace,
+        )  # fmt: skip
+
+    def _status_of(self, error: BaseException) -> str:
+        policy = self.ask.policy
+        names = {f"{c.__module__}.{c.__qualname__}" for c in type(error).__mro__}
+        if isinstance(error, policy.suspends) or not names.isdisjoint(known_suspends):
+            return "suspended"
+        if isinstance(error, (NotPerformed, *policy.no_effect)):
+            return "failed"
+        return "failed" if isinstance(error, Exception) and not policy.irreversible else "doubt"
+
+    def _stored(self, value: Any) -> str | None:
+        """The result as it is kept; None when it must not or cannot be."""
+        if self.ask.policy.record in ("no-result", "nothing"):
+            return None
+        try:
+            text = _store_form(value)
+        except _Unstorable as error:
+            self.guard._say(f"{_short(self.ask.claim.tool)}: its result is not kept: {error}")
+            return None
+        if self.ask.shown.leaks_into(text):
+            self.guard._say(
+                f"{_short(self.ask.claim.tool)}: its result is not kept: it repeats a secret argument"
+            )
+            return None
+        return text
+
+    def _settle(self, ending: _Settle) -> Generator[_Step, Any, None]:
+        ask, keeper = self.ask, self.ask.store.keeper
+        try:
+            try:
+                verdict: _Verdict = yield ("transact", ending)
+            except StoreError as error:
+                if not error.full:
+                    raise
+                ask.store.make_room()
+                verdict = yield ("transact", ending)
+        except (StoreError, OSError) as error:
+            keeper.keep(ending, ask)
+            ask.open = False
+            _warn(
+                f"{_short(ask.claim.tool)} (call {ask.claim.call}) ended as {ending.status.upper()}, but the "
+                f"ledger could not record it: {error}. It is kept in memory and tried again until this "
+                "process ends; if that fails, the call is in doubt"
+            )
+            return
+        keeper.forget(ask.claim.token)
+        if verdict.kind != "settled":
+            _warn(
+                f"{_short(ask.claim.tool)} (call {ask.claim.call}): run {ask.run} had been given up when it "
+                f"ended as {ending.status.upper()}; "
+                f"{'recorded as a late end' if verdict.kind == 'late' else 'its call was reset'}"
+            )
+        self.guard._after_settle(ask, ending)
+
+    def _unlimited(self) -> Generator[_Step, Any, _Reply]:
+        ask, claim = self.ask, self.ask.claim
+        key = f"{claim.call}-{claim.token}"
+        ask.current = Current(claim.call, 0, claim.tool, claim.wf, claim.caller, key)
+        value, error = yield ("run", None)
+        text = None if error is None else ask.shown.clean(_error_text(error))
+        ask.store.count(claim.call, 0, "ran" if error is None else "raised", ask, text)
+        return _Reply("executed", value, error)
+
+
+def _error_text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:2000].rstrip(": ")
+
+
+def _trace_text(error: BaseException) -> str:
+    import traceback
+
+    frames = traceback.format_exception(type(error), error, error.__traceback__, limit=-20)
+    return "".join(frames)[-8000:]
+
+
+def _doubt_text(record: Record) -> str:
+    return (
+        f"{record.short} did not run: run {record.run} of call {record.call}, started at "
+        f"{_clock_text(record.started)} in {record.holder}, ended without a known outcome"
+        f"{f' ({record.error})' if record.error else ''}; find out whether it took effect, then "
+        "guard.resolve(fn, …, result=…) or guard.resolve(fn, …, done=False)"
+    )
+
+
+def _drive(ask: _Ask) -> _Reply:
+    """Run one attempt in this thread."""
+    course = _Course(ask).steps()
+    try:
+        step = course.send(None)
+        while True:
+            try:
+                value = _perform(ask, step)
+            except BaseException as error:
+                step = course.throw(error)
+            else:
+                step = course.send(value)
+    except StopIteration as stop:
+        return cast("_Reply", stop.value)
+    finally:
+        if ask.open:
+            _abandon(ask)
+
+
+def _perform(ask: _Ask, step: _Step) -> Any:
+    what, argument = step
+    if what == "transact":
+        return ask.store.transact(argument)
+    if what == "run":
+        token = _running.set((*_running.get(), ask))
+        ask.entered = True
+        try:
+            return _refuse_coroutine(ask, ask.tool.function(*ask.args, **ask.kwargs)), None
+        except BaseException as error:
+            return None, error
+        finally:
+            _running.reset(token)
+    if what == "rows":
+        return ask.store.rows(ask.claim.call)
+    if what == "wait":
+        return _wait(ask, argument)
+    function, record = argument
+    return function(record)
+
+
+def _refuse_coroutine(ask: _Ask, value: Any) -> Any:
+    close = getattr(value, "close", None)
+    if close is not None and hasattr(value, "cr_code"):
+        close()
+        raise NotPerformed(
+            f"{_short(ask.claim.tool)} gave back a coroutine although it is not an async function, so "
+            "nothing ran; guard the async function itself"
+        )
+    return value
+
+
+def _wait(ask: _Ask, left: float) -> None:
+    """Until the live run ends here, or for a moment, because it may end in another process."""
+    bell = threading.Lock()
+    bell.acquire()
+    wake = functools.partial(_release_once, bell)
+    ask.store.subscribe(ask.claim.call, wake)
+    try:
+        bell.acquire(timeout=min(left, _poll_seconds(ask)))
+    finally:
+        ask.store.unsubscribe(ask.claim.call, wake)
+
+
+def _poll_seconds(ask: _Ask) -> float:
+    """Soon at first, then every 50 ms: grows with the time already waited."""
+    return min(0.05, 0.002 + (time.monotonic() - ask.sent) / 4 if ask.sent else 0.005)
+
+
+def _release_once(bell: threading.Lock) -> None:
+    try:
+        bell.release()
+    except RuntimeError:
+        pass
+
+
+def _abandon(ask: _Ask) -> None:
+    """The attempt was interrupted between its steps: close its run rather than leave it RUNNING."""
+    if os.getpid() != ask.pid:
+        return
+    ask.open = False
+    op = ask.ending
+    if op is None:
+        row = ask.claim.first_row(0, 0)._replace(run=ask.run or 1)
+        op = _not_entered(row)
+        if ask.entered:
+            op.status, op.error = "doubt", "interrupted"
+    try:
+        ask.store.transact(op)
+        ask.store.keeper.forget(op.token)
+    except Exception:  # the interruption is the error to tell; the keeper goes on trying
+        ask.store.keeper.keep(op, ask)
+
+
+async def _drive_async(ask: _Ask) -> _Reply:
+    """Run one attempt in an event loop."""
+    course = _Course(ask).steps()
+    try:
+        step = course.send(None)
+        while True:
+            try:
+                value = await _perform_async(ask, step)
+            except BaseException as error:
+                step = course.throw(error)
+            else:
+                step = course.send(value)
+    except StopIteration as stop:
+        return cast("_Reply", stop.value)
+    finally:
+        if ask.open:
+            ask.open = False
+            if ask.ending is not None or ask.entered or not isinstance(ask.store, SqliteStore):
+                _abandon_later(ask)
+
+
+def _abandon_later(ask: _Ask) -> None:
+    """Like `_abandon`, without waiting: the loop may be closing."""
+    if os.getpid() == ask.pid:
+        op = ask.ending or _not_entered(ask.claim.first_row(0, 0)._replace(run=ask.run or 1))
+        if ask.ending is None and ask.entered:
+            op.status, op.error = "doubt", "interrupted"
+        ask.store.keeper.keep(op, ask)
+
+
+async def _perform_async(ask: _Ask, step: _Step) -> Any:
+    what, argument = step
+    if what == "transact":
+        return await ask.store.transact_async(argument)
+    if what == "run":
+        token = _running.set((*_running.get(), ask))
+        ask.entered = True
+        try:
+            return await ask.tool.function(*ask.args, **ask.kwargs), None
+        except BaseException as error:
+            return None, error
+        finally:
+            _running.reset(token)
+    if what == "rows":
+        return await ask.store.rows_async(ask.claim.call)
+    if what == "wait":
+        return await _wait_async(ask, argument)
+    function, record = argument
+    answer = function(record)
+    return await answer if hasattr(answer, "__await__") else answer
+
+
+async def _wait_async(ask: _Ask, left: float) -> None:
+    import asyncio
+
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    wake = functools.partial(_call_loop, loop, ended.set)
+    ask.store.subscribe(ask.claim.call, wake)
+    try:
+        async with asyncio.timeout(min(left, _poll_seconds(ask))):
+            await ended.wait()
+    except TimeoutError:
+        pass
+    finally:
+        ask.store.unsubscribe(ask.claim.call, wake)
+
+
+# ═══ The guard ════════════════════════════════════════════════════════════════════════
+
+_stores: weakref.WeakValueDictionary[tuple[str, ...], SqliteStore] = weakref.WeakValueDictionary()
+_stores_lock = threading.Lock()
+
+
+def _open_store(url: str, sync: str, lock_seconds: float, instant_death: bool) -> Store:
+    """The store of a path or URL; one per file and process, whoever asks."""
+    scheme, found, rest = url.partition("://")
+    if found and scheme not in ("sqlite", "memory"):
+        raise UsageError(
+            f"there is no store for {scheme}://; a plain path, sqlite:///path or memory:// can be used"
+        )
+    if scheme == "memory" and found:
+        return MemoryStore()
+    path = os.path.abspath((rest.removeprefix("/")) if found else url)
+    key = (os.path.realpath(path), sync, str(lock_seconds), str(instant_death))
+    with _stores_lock:
+        store = _stores.get(key)
+        if store is None:
+            store = SqliteStore(
+                path, sync=cast("Any", sync), lock_seconds=lock_seconds, instant_death=instant_death
+            )
+            _stores[key] = store
+    return store
+
+
+class _Burst:
+    """Watches one tool for calls that look like retries with drifting arguments."""
+
+    def __init__(self) -> None:
+        self.recent: deque[tuple[float, str, dict[str, str]]] = deque(maxlen=3)
+        self.warned = False
+
+    def changed(self, call: str, forms: dict[str, str]) -> list[str] | None:
+        """The parameters that differ, when this is the third different call in ten seconds."""
+        now = time.monotonic()
+        if any(c == call for _, c, _ in self.recent):
+            return None
+        self.recent.append((now, call, forms))
+        if len(self.recent) < 3 or now - self.recent[0][0] > 10:
+            return None
+        self.warned = True
+        return [n for n in forms if len({f.get(n) for _, _, f in self.recent}) > 1]
+
+
+class Guard:
+    """Runs tools once. `guard` is the one for every day; make your own for another store.
+
+    `url`: a path, `sqlite:///path` or `memory://` (default: LEDGER_DB, else ./ledger.db, read
+    when first needed).  `sync`: "full" (claim and outcome are on disk before anything goes on),
+    "claim" (the outcome rides on the next fsync: after a power cut it may read as in doubt) or
+    "off" (survives a killed process, not a power cut).  A guard can be pickled: it carries its
+    URL and settings, and opens its own connection where it arrives.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str] | None = None,
+        *,
+        store: Store | None = None,
+        workflow: str | None = None,
+        sync: Literal["full", "claim", "off"] = "full",
+        quiet: bool | None = None,
+        lock_seconds: float = 30.0,
+        instant_death: bool = True,
+    ) -> None:
+        if sync not in ("full", "claim", "off"):
+            raise UsageError(f"sync={sync!r} is not one of 'full', 'claim' and 'off'")
+        if url is not None and store is not None:
+            raise UsageError("a guard has one store: give either a URL or store=, not both")
+        self._url = None if url is None else os.fspath(url)
+        self._given_store = store
+        self._settings = {"sync": sync, "lock_seconds": lock_seconds, "instant_death": instant_death}
+        self._workflow = workflow
+        self._quiet = quiet
+        self._policies: dict[str, PolicyOptions] = {}
+        self._defaults: PolicyOptions = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        """What is not carried to another process."""
+        self._opened: Store | None = self._given_store
+        self._generation = 0
+        self._tools: weakref.WeakKeyDictionary[Any, _Tool] = weakref.WeakKeyDictionary()
+        self._on_success: list[Callable[[Record], object]] = []
+        self._on_block: list[Callable[[Record], object]] = []
+        self._on_failure: list[Callable[[Record], object]] = []
+        self._on_doubt: list[Callable[[Record], object]] = []
+        self._scope: contextvars.ContextVar[str | None] = contextvars.ContextVar("ledger_wf", default=None)
+        self._who: contextvars.ContextVar[str | None] = contextvars.ContextVar("ledger_caller", default=None)
+        self._main_scope: str | None = None
+        self._main_who: str | None = None
+        self._bursts: dict[str, _Burst] = {}
+        self._receivers: dict[str, Any] = {}
+        self._digests: dict[str, bytes] = {}
+        self._short_names: dict[str, set[str]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._given_store is not None:
+            self._given_store.__getstate__()
+        return {
+            "url": self._resolved_url(), "settings": self._settings, "workflow": self._workflow,
+            "quiet": self._quiet, "policies": self._policies, "defaults": self._defaults,
+            "scope": self._scope.get() or self._main_scope,
+        }  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._url, self._settings = state["url"], state["settings"]
+        self._workflow, self._quiet = state["workflow"], state["quiet"]
+        self._policies, self._defaults = state["policies"], state["defaults"]
+        self._given_store = None
+        self._begin()
+        self._main_scope = state["scope"]
+
+    def __repr__(self) -> str:
+        where = type(self._given_store).__name__ if self._given_store else self._url
+        return f"Guard({where or 'LEDGER_DB or ./ledger.db'})"
+
+    # -- calling --
+
+    def __call__(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+        """Run `fn(*args, **kwargs)` once; a coroutine function gives something to await.
+
+        `key=` says in one value what makes two calls the same action; where the tool has a
+        parameter `key` of its own, that one gets it and `ledger_key=` is the guard's.  Returns
+        the tool's result, or for a duplicate None, `blocked_return` or the recorded result.
+
+        Raises what the tool raises, and `StoreError`, `InDoubt`, `InProgress`, `KeyConflict`,
+        `UsageError` before the tool runs.
+        """
+        tool, args, kwargs = self._tool_for(fn, args, kwargs)
+        key = _explicit_key(tool, kwargs)
+        if tool.is_async:
+            return cast("T", self._run_async(tool, key, args, kwargs))
+        return cast("T", self._run(tool, key, args, kwargs).value)
+
+    def call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Like calling the guard, but answers with an `Outcome` (to await for an async tool)."""
+        tool, args, kwargs = self._tool_for(fn, args, kwargs)
+        key = _explicit_key(tool, kwargs)
+        if tool.is_async:
+            return self._outcome_async(tool, key, args, kwargs)
+        ask = self._ask(tool, key, args, kwargs)
+        return self._outcome(ask, self._answer(ask))
+
+    async def _outcome_async(self, tool: _Tool, key: Any, args: Any, kwargs: Any) -> Outcome[Any]:
+        ask = self._ask(tool, key, args, kwargs)
+        return self._outcome(ask, await self._answer_async(ask))
+
+    def _outcome(self, ask: _Ask, reply: _Reply) -> Outcome[Any]:
+        if reply.error is not None:
+            raise reply.error
+        ask.store.flush()
+        record = ask.store.look(ask.claim.call) or ask.store.describe([ask.claim.first_row(0, 0)])
+        return Outcome(reply.kind, reply.value, record)
+
+    def _run(self, tool: _Tool, key: Any, args: Any, kwargs: Any) -> _Reply:
+        reply = self._answer(self._ask(tool, key, args, kwargs))
+        if reply.error is not None:
+            raise reply.error
+        return reply
+
+    async def _run_async(self, tool: _Tool, key: Any, args: Any, kwargs: Any) -> Any:
+        reply = await self._answer_async(self._ask(tool, key, args, kwargs))
+        if reply.error is not None:
+            raise reply.error
+        return reply.value
+
+    def _answer(self, ask: _Ask) -> _Reply:
+        if ask.policy.simple:
+            ask.rows = rows = ask.store.quick(ask.claim.call)
+            if rows and rows[-1][0] == "success" and not rows[-1][1]:
+                return self._answer_done(ask, rows[-1][3], rows[-1][2])
+        self._before_claim(ask)
+        return _drive(ask)
+
+    async def _answer_async(self, ask: _Ask) -> _Reply:
+        if ask.policy.simple:
+            call = ask.claim.call
+            ask.rows = rows = (
+                ask.store.quick(call) if ask.store.quick_is_prompt else await ask.store.rows_async(call)
+            )
+            last = rows[-1] if rows else None
+            if isinstance(last, Run):
+                last = (last.status, last.released, last.result, last.run)
+            if last is not None and last[0] == "success" and not last[1]:
+                return self._answer_done(ask, last[3], last[2])
+        self._before_claim(ask)
+        return await _drive_async(ask)
+
+    def _ask(
+        self, tool: _Tool, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any], forced: bool = False
+    ) -> _Ask:
+        """Name the call: everything that can go wrong here goes wrong before anything runs."""
+        if tool.generation != self._generation:
+            self._apply_policy(tool)
+        policy = tool.policy
+        bound = tool.bind(args, kwargs)
+        ask = _Ask()
+        ask.guard, ask.tool, ask.policy, ask.args, ask.kwargs = self, tool, policy, args, kwargs
+        ask.store = self._opened or self._open()
+        ask.rows = ("unknown",)
+        wf = self._scope.get() or self._main_scope or self._default_workflow()
+        form, shown_key = self._identity(tool, key, bound)
+        receiver = self._receiver_form(tool, bound) if tool.receiver else "null"
+        text = f"[{_quote(_FORM_VERSION)},{_quote(tool.name)},{_quote(wf)},{receiver},{form}]"
+        ask.claim = claim = _Claim()
+        claim.call = hashlib.sha256(text.encode()).hexdigest()[:32]
+        claim.tool, claim.wf, claim.key = tool.name, wf, shown_key
+        claim.caller = self._who.get() or self._main_who or ""
+        claim.max, claim.ttl, claim.lease = policy.max, policy.ttl, policy.timeout
+        claim.on_doubt = "reconcile" if callable(policy.on_doubt) else policy.on_doubt
+        claim.forced, claim.not_done, claim.args = forced, None, None
+        claim.matched = self._match_form(claim.call, policy, bound) if policy.match else None
+        claim.token = ""
+        ask.shown = _Shown(policy.redact)
+        ask.bound = bound
+        return ask
+
+    def _before_claim(self, ask: _Ask) -> None:
+        """What only an attempt that may run needs."""
+        claim, bound = ask.claim, ask.bound
+        claim.token = new_token()
+        claim.caller = claim.caller or f"pid {ask.pid}"
+        shown = {n: bound[n] for n, _ in ask.tool.ordered}
+        text = ask.shown.text(shown)
+        claim.args = text if ask.policy.record in ("all", "no-result") else None
+        if claim.key:
+            claim.key = ask.shown.clean(claim.key)
+        if claim.key is None and not ask.policy.unlimited:
+            self._watch_burst(ask, bound)
+
+    def _identity(self, tool: _Tool, key: Any, bound: dict[str, Any]) -> tuple[str, str | None]:
+        """The canonical text that tells this call from others, and the key as it is shown."""
+        policy = tool.policy
+        if key is None and policy.key is None:
+            return tool.form(bound, policy.ignore), None
+        if key is None and callable(policy.key):
+            key = policy.key(**bound)
+        elif key is None:
+            key = [bound[name] for name in cast("tuple[str, ...]", policy.key)]
+            if not any(v is not None and v not in ("", [], {}, ()) for v in key):
+                key = None
+        if key is None or key in ("", [], {}, ()):
+            raise UsageError(f"{_short(tool.name)} did not run: its key is empty; a key must name one action")
+        return _tagged("key", tool._part("key", key)), json.dumps(_Shown(policy.redact).of(key))
+
+    def _match_form(self, call: str, policy: Policy, bound: dict[str, Any]) -> str:
+        """Digests, not values: what must agree may be secret."""
+        digests = {
+            n: hashlib.sha256(f"{call}{canonical(bound[n])}".encode()).hexdigest()[:16]
+            for n in sorted(policy.match)
+        }
+        return json.dumps(digests)
+
+    def _receiver_form(self, tool: _Tool, bound: dict[str, Any]) -> str:
+        """A method counts the object it belongs to, where that has a stable form."""
+        receiver = bound[next(iter(bound))]
+        try:
+            return canonical(receiver)
+        except (UnstableArgument, RecursionError):
+            pass
+        first = self._receivers.setdefault(tool.name, receiver)
+        if first is not receiver and first is not None:
+            self._receivers[tool.name] = None
+            self._say(
+                f"⚠  {_short(tool.name)} is called on two objects that have no stable form, so their calls "
+                "count as the same; tell them apart with name=… or a __ledger_key__() method"
+            )
+        return "null"
+
+    def _watch_burst(self, ask: _Ask, bound: dict[str, Any]) -> None:
+        name = ask.claim.tool
+        burst = self._bursts.setdefault(name, _Burst())
+        if burst.warned:
+            return
+        forms = {n: _constant(bound[n]) for n, _ in ask.tool.ordered if n not in ask.policy.ignore}
+        changed = burst.changed(ask.claim.call, forms)
+        if changed is None:
+            return
+        which = "" if len(changed) == len(forms) > 1 else f" (only {', '.join(changed)} changes)"
+        if len(changed) > 1 and which:
+            which = f" ({', '.join(changed)} change)"
+        self._say(f"⚠  {_short(name)} called 3× with different args in <10s{which} — if retrying, add key=…")
+
+    # -- what a duplicate gets --
+
+    def _answer_done(self, ask: _Ask, run: int, result: str | None) -> _Reply:
+        if not ask.policy.replay or result is None:
+            return self._answer_blocked(ask, run, "already done")
+        self._count(ask, run)
+        value = json.loads(result) if '"$"' not in result else ask.tool.restore(result)
+        if not self._is_quiet():
+            self._say(f"↺ {self._shown_name(ask.claim.tool)} replayed")
+        return _Reply("waited" if ask.waited else "replayed", value)
+
+    def _answer_blocked(self, ask: _Ask, run: int, why: str) -> _Reply:
+        self._count(ask, run)
+        if not self._is_quiet():
+            self._say(f"⊘ {self._shown_name(ask.claim.tool)} blocked: {why}")
+        value = ask.policy.blocked_return
+        if value is _NOTHING:
+            return _Reply("blocked", None)
+        if callable(value):
+            return _Reply("blocked", value(ask.store.describe(ask.store.rows(ask.claim.call))))
+        import copy
+
+        return _Reply("blocked", copy.deepcopy(value))
+
+    def _count(self, ask: _Ask, run: int) -> None:
+        if not ask.claim.caller:
+            ask.claim.caller = f"pid {ask.pid}"
+        ask.store.count(ask.claim.call, run, "blocked", ask)
+        if self._on_block:
+            self._tell(self._on_block, ask.store.describe(ask.store.rows(ask.claim.call)))
+
+    def _after_settle(self, ask: _Ask, ending: _Settle) -> None:
+        name = ask.claim.tool
+        if not self._is_quiet():
+            mark = {"success": "✓", "failed": "✗", "suspended": "⏸"}.get(ending.status, "?")
+            told = f"   → {ending.error.splitlines()[0]}" if ending.error else ""
+            self._say(f"{mark} {self._shown_name(name)}{told}")
+        told_to = {"success": self._on_success, "failed": self._on_failure, "doubt": self._on_doubt}
+        callbacks = told_to.get(ending.status)
+        if callbacks:
+            rows = ask.store.rows(ask.claim.call)
+            if rows:
+                self._tell(callbacks, ask.store.describe(rows))
+
+    def _tell(self, callbacks: list[Callable[[Record], object]], record: Record) -> None:
+        """A callback's exception never reaches the tool's caller, and never vanishes."""
+        for callback in callbacks:
+            try:
+                callback(record)
+            except Exception as error:
+                _warn(f"the callback {_brief(callback)} raised for {record.short}", error=error)
+
+    def _shown_name(self, tool: str) -> str:
+        names = self._short_names.setdefault(_short(tool), set())
+        names.add(tool)
+        return _short(tool) if len(names) == 1 else tool
+
+    # -- tools and policies --
+
+    def _tool_for(
+        self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[_Tool, tuple[Any, ...], dict[str, Any]]:
+        try:
+            tool = self._tools[fn]
+        except (KeyError, TypeError):
+            pass
+        else:
+            return tool, args, kwargs
+        made = getattr(fn, "__ledger_tool__", None)
+        if isinstance(made, _Tool):
+            owner = getattr(fn, "__self__", None)
+            return made, args if owner is None else (owner, *args), kwargs
+        _refuse_uncallable(fn, "guard")
+        function, first, named, name, receiver = _resolve_callable(fn)
+        inner = getattr(function, "__ledger_tool__", None)
+        if isinstance(inner, _Tool):
+            return inner, first + args, {**named, **kwargs}
+        try:
+            found = self._tools.get(function)
+        except TypeError:
+            found = None
+        if found is None or found.own_name != name:
+            found = _Tool(function, name, receiver=receiver)
+            self._refuse_twins(found)
+            if not first and not named:
+                try:
+                    self._tools[function] = found
+                except TypeError:
+                    pass
+        return found, first + args, {**named, **kwargs}
+
+    def _refuse_twins(self, tool: _Tool) -> None:
+        """Functions that only their bytecode tells apart must be named, or one would never run."""
+        code = getattr(tool.function, "__code__", None)
+        if "#" not in tool.own_name or code is None:
+            return
+        known = self._digests.setdefault(tool.own_name, code.co_code)
+        if known != code.co_code:
+            raise UsageError(
+                f"two different functions are both called {tool.own_name}; nothing ran. Tell them apart: "
+                "@guard.once(name=…) or guard.policy(fn, name=…)"
+            )
+
+    def _apply_policy(self, tool: _Tool) -> None:
+        named = self._policies.get(tool.own_name) or self._policies.get(_short(tool.own_name)) or {}
+        tool.policy = Policy(**_layered(self._defaults, tool.options, named))
+        tool.name = tool.policy.name or tool.own_name
+        if tool.fast:
+            self._check_names(tool)
+        tool.generation = self._generation
+
+    def _check_names(self, tool: _Tool) -> None:
+        policy = tool.policy
+        for option in ("key", "ignore", "match"):
+            names = getattr(policy, option)
+            unknown = [] if names is None or callable(names) else sorted(set(names) - tool.by_name)
+            if unknown and (option in tool.options or option not in self._defaults):
+                raise PolicyError(
+                    f"{option} of {_short(tool.name)} names {', '.join(map(repr, unknown))}, which is no "
+                    f"parameter of it; it has {', '.join(n for n, _ in tool.ordered) or 'none'}"
+                )
+
+    def policy(self, fn: Callable[..., Any] | str, /, **options: Unpack[PolicyOptions]) -> None:
+        """Set options of one tool, by function or name; later ones are added to earlier ones.
+
+        Raises `PolicyError`, and changes nothing, when they are misspelt or contradict each other.
+        """
+        name, tool = (fn, None) if isinstance(fn, str) else self._named(fn)
+        merged = cast("PolicyOptions", {**self._policies.get(name, {}), **options})
+        Policy(**merged)
+        before = self._policies.get(name)
+        self._policies[name] = merged
+        self._generation += 1
+        if tool is not None:
+            try:
+                self._apply_policy(tool)
+            except PolicyError:
+                self._policies.pop(name)
+                if before is not None:
+                    self._policies[name] = before
+                raise
+
+    def _named(self, fn: Any) -> tuple[str, _Tool]:
+        tool = self._tool_for(fn, (), {})[0]
+        return tool.own_name, tool
+
+    def defaults(self, **options: Unpack[PolicyOptions]) -> None:
+        """Set options for all tools; what a tool's own policy says wins."""
+        merged = cast("PolicyOptions", {**self._defaults, **options})
+        Policy(**merged)
+        self._defaults = merged
+        self._generation += 1
+
+    # -- wrapping --
+
+    @overload
+    def once(self, fn: Callable[P, R], /) -> Callable[P, R]: ...
+    @overload
+    def once(self, /, **options: Unpack[PolicyOptions]) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+    def once(self, fn: Any = None, /, **options: Unpack[PolicyOptions]) -> Any:
+        """Decorate a tool: `@guard.once` or `@guard.once(replay=True, …)`."""
+        if fn is None:
+            Policy(**options)
+            return lambda function: self._wrap(function, options, "guard.once")
+        return self._wrap(fn, options, "guard.once")
+
+    def _wrap(self, fn: Any, options: PolicyOptions, where: str) -> Any:
+        if isinstance(getattr(fn, "__ledger_tool__", None), _Tool):
+            if options:
+                raise UsageError(
+                    f"{where}: {_brief(fn)} is guarded already; use guard.policy for more options"
+                )
+            return fn
+        _refuse_uncallable(fn, where)
+        kind = staticmethod if isinstance(fn, staticmethod) else None
+        function, first, named, name, receiver = _resolve_callable(fn)
+        tool = _Tool(function, name, receiver=receiver)
+        self._refuse_twins(tool)
+        tool.options = options
+        self._apply_policy(tool)
+        wrapper: Any
+        if tool.is_async:
+
+            async def guarded_async(*args: Any, **kwargs: Any) -> Any:
+                return await self._run_async(tool, None, first + args, {**named, **kwargs})
+
+            wrapper = guarded_async
+        else:
+
+            def guarded(*args: Any, **kwargs: Any) -> Any:
+                return self._run(tool, None, first + args, {**named, **kwargs}).value
+
+            wrapper = guarded
+        _dress(wrapper, fn)
+        wrapper.__ledger_tool__ = tool
+        return kind(wrapper) if kind else wrapper
+
+    def wrap_tools(self, tools: Tools, **options: Unpack[PolicyOptions]) -> Tools:
+        """The same kind of collection with every tool guarded; wrapping twice guards once."""
+        Policy(**options)
+        if isinstance(tools, dict):
+            return cast("Tools", {n: self._wrap_one(t, options) for n, t in tools.items()})
+        if isinstance(tools, list | tuple):
+            return cast("Tools", type(tools)([self._wrap_one(t, options) for t in tools]))
+        raise UsageError(
+            f"wrap_tools takes a dict or a list of functions, not {type(tools).__name__}; for one function "
+            "use guard.once(fn)"
+        )
+
+    def _wrap_one(self, fn: Any, options: PolicyOptions) -> Any:
+        if isinstance(getattr(fn, "__ledger_tool__", None), _Tool):
+            return fn
+        return self._wrap(fn, options, "guard.wrap_tools")
+
+    # -- scopes --
+
+    def workflow(self, id: str) -> Scope:
+        """Set the scope of deduplication, from now on or for a `with` block.
+
+        The bare call holds for this thread or task and the tasks it starts; made in the main
+        thread outside a running loop, also for threads that have set none.
+        """
+        return Scope(self, "_scope", "_main_scope", id)
+
+    def as_caller(self, name: str) -> Scope:
+        """Say who asks, for the records; scoped like `workflow`."""
+        return Scope(self, "_who", "_main_who", name)
+
+    def _default_workflow(self) -> str:
+        if self._workflow is None:
+            self._workflow = os.environ.get("LEDGER_WORKFLOW") or "default"
+        return self._workflow
+
+    # -- the ways out --
+
+    def retry(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> bool:
+        """Let the next call run, although this one succeeded or is in doubt; False if there is none.
+
+        Raises `InProgress` while a live run holds the call.
+        """
+        ask, rows = self._existing(fn, args, kwargs)
+        if not rows:
+            return False
+        op = _make(
+            _Release, call=ask.claim.call, token=new_token(), run=rows[-1].run, owner=rows[-1].owner,
+            max=ask.policy.max, ttl=ask.policy.ttl, why=self._who.get() or "retry",
+        )  # fmt: skip
+        self._refuse_live(ask, ask.store.transact(op), "released")
+        return True
+
+    def resolve(
+        self,
+        fn: Callable[..., Any],
+        /,
+        *args: Any,
+        result: Any = _NOTHING,
+        done: bool = True,
+        note: str = "",
+        **kwargs: Any,
+    ) -> None:
+        """Settle a call that is in doubt: it happened (`result=…`), or it did not (`done=False`).
+
+        Raises `InProgress` while a live run holds the call and `UsageError` if nothing is in doubt.
+        """
+        if not done and result is not _NOTHING:
+            raise UsageError("resolve: what was not done has no result; give result=… or done=False")
+        ask, rows = self._existing(fn, args, kwargs)
+        if not rows:
+            raise UsageError(f"{_short(ask.claim.tool)}: nothing was resolved: this call was never made")
+        value = None if result is _NOTHING else result
+        op = _make(
+            _Resolve, call=ask.claim.call, token=new_token(), run=rows[-1].run, owner=rows[-1].owner,
+            done=done, result=_Course(ask)._stored(value) if done and result is not _NOTHING else None,
+            reconciled=False, why=note or self._who.get() or "resolve",
+        )  # fmt: skip
+        verdict = ask.store.transact(op)
+        self._refuse_live(ask, verdict, "resolved")
+        if verdict.kind != "resolved":
+            record = ask.store.describe(ask.store.rows(ask.claim.call))
+            raise UsageError(
+                f"{record.short}: nothing was resolved: run {record.run} of call {record.call} is "
+                f"{record.status.upper()}, not in doubt; to run it again use guard.retry"
+            )
+
+    def force(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+        """Run now, whatever the history says, and record it; raises `InProgress` beside a live run."""
+        tool, args, kwargs = self._tool_for(fn, args, kwargs)
+        ask = self._ask(tool, _explicit_key(tool, kwargs), args, kwargs, forced=True)
+        self._before_claim(ask)
+        if tool.is_async:
+            return cast("T", self._force_async(ask))
+        rows = ask.store.rows(ask.claim.call)
+        if rows:
+            self._refuse_live(ask, ask.claim.judge(rows, ask.store.now_for(rows)), "run")
+        reply = _drive(ask)
+        if reply.error is not None:
+            raise reply.error
+        return cast("T", reply.value)
+
+    async def _force_async(self, ask: _Ask) -> Any:
+        rows = await ask.store.rows_async(ask.claim.call)
+        if rows:
+            self._refuse_live(ask, ask.claim.judge(rows, ask.store.now_for(rows)), "run")
+        reply = await _drive_async(ask)
+        if reply.error is not None:
+            raise reply.error
+        return reply.value
+
+    def _existing(self, fn: Any, args: Any, kwargs: Any) -> tuple[_Ask, list[Run]]:
+        tool, args, kwargs = self._tool_for(fn, args, kwargs)
+        ask = self._ask(tool, _explicit_key(tool, kwargs), args, kwargs)
+        return ask, ask.store.rows(ask.claim.call)
+
+    def _refuse_live(self, ask: _Ask, verdict: _Verdict, what: str) -> None:
+        if verdict.kind == "live" and verdict.row is not None:
+            record = ask.store.describe([verdict.row])
+            raise InProgress(
+                f"{record.short} was not {what}: run {record.run} of call {record.call} is running in "
+                f"{record.holder} since {_clock_text(record.started)}; wait for it, or stop that process",
+                record,
+            )
+
+    # -- looking --
+
+    def stats(self) -> dict[str, Any]:
+        """Sums over all calls, and per tool under "tools"."""
+        tools = self._ready().totals()
+        sums = {name: sum(t[name] for t in tools.values()) for name in _TOTALS}
+        return {**sums, "tools": tools}
+
+    def log(self) -> None:
+        """Print one line per tool to stdout."""
+        tools = self._ready().totals()
+        shown = {t: _short(t) if sum(_short(o) == _short(t) for o in tools) == 1 else t for t in tools}
+        width = max((len(n) for n in shown.values()), default=0)
+        errors = self._last_errors([t for t, s in tools.items() if s["failed"]])
+        for tool, sums in sorted(tools.items(), key=lambda item: shown[item[0]]):
+            mark = "✗" if sums["failed"] else "?" if sums["in_doubt"] else "✓"
+            line = (
+                f"{mark} {shown[tool]:<{width}} attempts {sums['attempts']:<3} executed {sums['executed']:<3}"
+            )
+            line += f" blocked {sums['blocked']}" if sums["blocked"] else ""
+            line += f" in doubt {sums['in_doubt']}" if sums["in_doubt"] else ""
+            line += f" → {errors[tool]}" if tool in errors else ""
+            print(line.rstrip())
+
+    def _last_errors(self, tools: list[str]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for tool in tools:
+            for record, _ in self._ready().calls(tool=tool):
+                if record.status is Status.FAILED and record.error:
+                    found[tool] = record.error.splitlines()[0]
+        return found
+
+    @overload
+    def history(self, *, tool: str | None = None, wf: str | None = None) -> list[dict[str, Any]]: ...
+    @overload
+    def history(
+        self, *, tool: str | None = None, wf: str | None = None, stream: Literal[True]
+    ) -> Iterator[dict[str, Any]]: ...
+    def history(self, *, tool: str | None = None, wf: str | None = None, stream: bool = False) -> Any:
+        """One JSON-safe dict per call, oldest first, its runs inside; `stream=True` for an iterator."""
+        store = self._ready()
+        store.flush()
+        found = (_history_entry(record, rows) for record, rows in store.calls(tool=tool, wf=wf))
+        return found if stream else list(found)
+
+    def events(self, after: int = 0) -> Iterator[dict[str, Any]]:
+        """What happened after that event number, oldest first."""
+        return self._ready().events(after)
+
+    def reset(self, wf: str | None = None) -> None:
+        """Forget the calls of a workflow, or all; raises `InProgress` while one of them runs."""
+        store = self._ready()
+        store.reset(wf, store.clock.wall())
+
+    def check(self) -> dict[str, Any]:
+        """Prove that the ledger can be read and written; raises `StoreError` that says what to do."""
+        return self._ready().check()
+
+    def flush(self) -> None:
+        """Write what was only counted so far."""
+        if self._opened is not None:
+            self._opened.flush()
+
+    def close(self) -> None:
+        """Write what is pending and close the file; it opens again when it is used again."""
+        if self._opened is not None:
+            self._opened.close()
+
+    # -- callbacks and settings --
+
+    def on_success(self, callback: Callable[[Record], object]) -> None:
+        """Call it with the record after each run that succeeded."""
+        self._on_success.append(callback)
+
+    def on_block(self, callback: Callable[[Record], object]) -> None:
+        """Call it with the record after each attempt that ran nothing."""
+        self._on_block.append(callback)
+
+    def on_failure(self, callback: Callable[[Record], object]) -> None:
+        """Call it with the record after each run that failed."""
+        self._on_failure.append(callback)
+
+    def on_doubt(self, callback: Callable[[Record], object]) -> None:
+        """Call it with the record when a run turns out to be in doubt."""
+        self._on_doubt.append(callback)
+
+    def persist(self, url: str | os.PathLike[str]) -> None:
+        """Keep the records in another file from now on."""
+        self.close()
+        self._url, self._given_store, self._opened = os.fspath(url), None, None
+
+    def quiet(self, quiet: bool = True) -> None:
+        """Print no notices; warnings about what could not be recorded stay."""
+        self._quiet = quiet
+
+    def _is_quiet(self) -> bool:
+        if self._quiet is None:
+            self._quiet = os.environ.get("LEDGER_QUIET", "") not in ("", "0", "false", "no")
+        return self._quiet
+
+    def _say(self, text: str) -> None:
+        if not self._is_quiet():
+            _notice(text)
+
+    def _resolved_url(self) -> str:
+        url = self._url or os.environ.get("LEDGER_DB") or "ledger.db"
+        return url if "://" in url else os.path.abspath(url)
+
+    def _ready(self) -> Store:
+        return self._opened or self._open()
+
+    def _open(self) -> Store:
+        settings = self._settings
+        self._url = self._resolved_url()
+        self._opened = _open_store(self._url, **cast("Any", settings))
+        return self._opened
+
+
+def _explicit_key(tool: _Tool, kwargs: dict[str, Any]) -> Any:
+    """Take the guard's own key out of the arguments; an empty one is refused, not ignored."""
+    for name in ("ledger_key", "key"):
+        if name in kwargs and not (name == "key" and tool.takes_key):
+            key = kwargs.pop(name)
+            return "" if key is not None and key in ("", [], {}, ()) else key
+    return None
+
+
+def _dress(wrapper: Any, fn: Any) -> None:
+    """Make the wrapper look like the tool, with string annotations resolved.
+
+    Frameworks evaluate annotations in another module, where their names mean nothing.
+    """
+    import inspect
+    import typing
+
+    shown = fn
+    while isinstance(shown, functools.partial):
+        shown = shown.func
+    if not hasattr(shown, "__name__"):
+        shown = type(shown).__call__
+        wrapper.__name__ = wrapper.__qualname__ = type(fn).__name__
+        wrapper.__doc__ = type(fn).__doc__
+        wrapper.__wrapped__ = fn
+    else:
+        functools.update_wrapper(wrapper, shown)
+        wrapper.__wrapped__ = fn
+    try:
+        hints = typing.get_type_hints(shown, include_extras=True)
+    except Exception:  # a name that exists only for type checkers: leave the strings
+        hints = None
+    try:
+        signature = inspect.signature(fn)
+    except (ValueError, TypeError):
+        return
+    if hints is not None:
+        wrapper.__annotations__ = {
+            n: h for n, h in hints.items() if n in signature.parameters or n == "return"
+        }
+        parts = [p.replace(annotation=hints.get(p.name, p.annotation)) for p in signature.parameters.values()]
+        returned = hints.get("return", signature.return_annotation)
+        signature = signature.replace(parameters=parts, return_annotation=returned)
+    wrapper.__signature__ = signature
+
+
+def _history_entry(record: Record, rows: Sequence[Run]) -> dict[str, Any]:
+    times = {n: _iso(getattr(record, n)) for n in ("created", "touched", "started", "ended", "lease")}
+    return {
+        "id": record.id, "call": record.call, "tool": record.tool, "wf": record.wf,
+        "caller": record.caller, "owner": record.owner, "key": record.key and json.loads(record.key),
+        "args": record.args, "status": record.status.value, "in_doubt": record.in_doubt,
+        "result": record.result_json and json.loads(record.result_json), "error": record.error,
+        "attempts": record.attempts, "executed": record.runs, "blocked": record.blocked,
+        "run": record.run, "released": record.released, "late": record.late, **times,
+        "runs": [_history_run(r) for r in rows],
+    }  # fmt: skip
+
+
+def _history_run(row: Run) -> dict[str, Any]:
+    return {
+        "run": row.run, "status": row.status, "caller": row.caller, "owner": row.owner,
+        "started": _iso(row.started), "ended": _iso(row.ended), "error": row.error, "trace": row.trace,
+        "released": bool(row.released), "forced": bool(row.forced), "late": row.late,
+        "blocked": row.blocked,
+    }  # fmt: skip
+
+
+class Scope:
+    """A workflow or a caller's name that holds from its making on; in `with` it ends with the block."""
+
+    def __init__(self, guard: Guard, variable: str, main: str, value: str) -> None:
+        if not isinstance(value, str) or not value:
+            raise UsageError(f"{value!r} names no workflow or caller; give a text that is not empty")
+        self._guard = guard
+        self._variable: contextvars.ContextVar[str | None] = getattr(guard, variable)
+        self._main = main
+        self._before = (self._variable.get(), getattr(guard, main))
+        self._value = value
+        self._for_threads = threading.current_thread() is threading.main_thread() and not _loop_runs()
+        self._set(value, value)
+
+    def _set(self, mine: str | None, threads: str | None) -> None:
+        self._variable.set(mine)
+        if self._for_threads:
+            setattr(self._guard, self._main, threads)
+
+    def __call__(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+        """Like calling the guard, in this scope."""
+        before = self._variable.get()
+        self._variable.set(self._value)
+        try:
+            tool, args, kwargs = self._guard._tool_for(fn, args, kwargs)
+            key = _explicit_key(tool, kwargs)
+            ask = self._guard._ask(tool, key, args, kwargs)
+        finally:
+            self._variable.set(before)
+        if tool.is_async:
+            return cast("T", _finish(self._guard._answer_async(ask)))
+        reply = self._guard._answer(ask)
+        if reply.error is not None:
+            raise reply.error
+        return cast("T", reply.value)
+
+    def reset(self) -> None:
+        """Forget the calls of this workflow."""
+        self._guard.reset(self._value)
+
+    def __enter__(self) -> Self:
+        self._set(self._value, self._value)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._set(*self._before)
+
+    async def __aenter__(self) -> Self:
+        return self.__enter__()
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.__exit__()
+
+
+async def _finish(answering: Awaitable[_Reply]) -> Any:
+    reply = await answering
+    if reply.error is not None:
+        raise reply.error
+    return reply.value
+
+
+def _loop_runs() -> bool:
+    asyncio_events = sys.modules.get("asyncio.events")
+    return asyncio_events is not None and asyncio_events._get_running_loop() is not None
+
+
+#: the guard for every day: LEDGER_DB, else ./ledger.db
+guard = Guard()

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from local_services import Ask, MailServer, PaymentService, ScriptedModel, serve
 
@@ -177,6 +178,23 @@ def print_keys(guarded: Stage) -> None:
         say(f"  {order}: asked {len(keys)} × with the key {known}, money taken {taken} ×")
 
 
+def print_ledger(path: str, workflow: str) -> None:
+    """Print what the ledger has recorded, and where it lies."""
+    say(f"\n{bold('guard.log()')}")
+    guard.log()
+    say(f"\n{bold('guard.history(): the runs of charge_card')}")
+    for call in guard.history(tool="charge_card", wf=workflow):
+        runs = ", then ".join(describe(run) for run in call["runs"])
+        say(f"  {call['args']['order_id']}: {runs}")
+    say(f"\nledger.db lies at {path}")
+
+
+def describe(run: dict[str, Any]) -> str:
+    """The status of a run in the words of this play."""
+    reasons = {"failed": f" ({run['error']})", "doubt": " (killed, outcome unknown)"}
+    return f"{run['status']}{reasons.get(run['status'], '')}"
+
+
 # ── the screen ────────────────────────────────────────────────────────────────────────────────────
 
 BOLD, RED, GREEN = 1, 31, 32
@@ -207,16 +225,16 @@ def main() -> int:
     path = os.environ.get("LEDGER_DB") or f"{tempfile.mkdtemp(prefix='ledger-demo-')}/ledger.db"
     # Both for the agent too. The workflow is new, so that a file used before does no harm.
     os.environ["LEDGER_DB"] = path
-    os.environ["LEDGER_WORKFLOW"] = f"demo-{uuid.uuid4().hex[:8]}"
+    os.environ["LEDGER_WORKFLOW"] = workflow = f"demo-{uuid.uuid4().hex[:8]}"
+    # The agent's own lines say the same as the notices; LEDGER_QUIET=0 shows both.
+    os.environ.setdefault("LEDGER_QUIET", "1")
 
     without = play("Without the guard")
     guarded = play("With the guard: guard.wrap_tools(tools, blocked_return=tell_model)", "--guard")
     print_bills(without, guarded)
     if guarded.is_right():
         print_keys(guarded)
-    say(bold("\nguard.log()"))
-    guard.log()
-    say(f"\nledger.db lies at {path}")
+    print_ledger(path, workflow)
     return 0 if without.is_damaged() and guarded.is_right() else 1
 
 

@@ -6,7 +6,7 @@ Started by the demo, which gives the addresses in the environment. With `--guard
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from local_services import post
 from openai import DefaultHttpxClient, OpenAI
@@ -14,7 +14,7 @@ from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolUnio
 
 from ledger import current, guard, idempotency_key, tell_model
 
-Tools = Mapping[str, Callable[..., str]]
+Tools = dict[str, Callable[..., str]]
 
 #: How long the agent waits for the payment service.
 PATIENCE_SECONDS = 1.0

@@ -17,6 +17,7 @@ class DictStore(Store):
     """Records in a dict: good for one process and its threads, gone with it."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._records: dict[str, Record] = {}
         self._lock = threading.Lock()
 

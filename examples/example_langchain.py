@@ -53,7 +53,7 @@ def ask() -> ToolCall:
     return ToolCall(name="charge_card", args=arguments, id=f"call_{uuid.uuid4().hex[:8]}")
 
 
-def build_tools(functions: Sequence[Callable[..., Any]]) -> list[BaseTool]:
+def build_tools(functions: list[Callable[..., Any]]) -> list[BaseTool]:
     """Guard the functions, then make LangChain tools of them: in this order."""
     return [StructuredTool.from_function(f) for f in guard.wrap_tools(functions, replay=True)]
 

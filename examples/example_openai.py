@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from local_services import ScriptedModel, serve
 from openai import APIStatusError, DefaultHttpxClient, OpenAI
@@ -22,6 +22,7 @@ from ledger import guard, tell_model
 
 OUTBOX: list[str] = []
 REQUEST_ATTEMPTS = 3
+MAX_TURNS = 10
 
 
 def send_email(to: str, subject: str) -> dict[str, str]:
@@ -31,7 +32,7 @@ def send_email(to: str, subject: str) -> dict[str, str]:
 
 
 # The line that matters: the model's tools go through the guard.
-TOOLS: Mapping[str, Callable[..., object]] = guard.wrap_tools(
+TOOLS: dict[str, Callable[..., object]] = guard.wrap_tools(
     {"send_email": send_email}, blocked_return=tell_model
 )
 
@@ -54,7 +55,7 @@ SCHEMAS: list[ChatCompletionToolUnionParam] = [
 def converse(client: OpenAI, task: str) -> str:
     """The function-calling loop: run what the model asks for until it only talks."""
     messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": task}]
-    while True:
+    for _ in range(MAX_TURNS):
         reply = client.chat.completions.create(model="local", messages=messages, tools=SCHEMAS)
         message = reply.choices[0].message
         if not message.tool_calls:
@@ -64,6 +65,7 @@ def converse(client: OpenAI, task: str) -> str:
             if call.type == "function":
                 content = run_tool(call.function.name, call.function.arguments)
                 messages.append({"role": "tool", "tool_call_id": call.id, "content": content})
+    raise RuntimeError(f"the model still asks for tools after {MAX_TURNS} turns")
 
 
 def run_tool(name: str, arguments: str) -> str:

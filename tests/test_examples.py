@@ -115,11 +115,21 @@ def test_demo_kills_the_agent_in_both_acts(demo: str) -> None:
 @pytest.mark.slow
 def test_demo_runs_the_killed_charge_again_with_the_same_key(demo: str) -> None:
     """The service was asked more than once for each order, always with one key."""
-    asked = re.findall(r"(A-\d+): asked (\d+) × with the key (\w+), money taken 1 ×", demo)
+    asked = re.findall(r"(A-\d+): asked (\d+) × with the key (\S+), money taken 1 ×", demo)
 
     assert [order for order, _, _ in asked] == ORDERS
     assert all(int(times) >= 2 for _, times, _ in asked)
     assert len({key for _, _, key in asked}) == len(ORDERS)
+
+
+@needs("openai")
+@pytest.mark.slow
+def test_demo_takes_the_killed_run_over(demo: str) -> None:
+    """The lost reply is a failed run and the kill a run in doubt; each is followed by a success."""
+    runs = dict(re.findall(r"^  (A-\d+): ((?:failed|doubt) .*)$", demo, re.MULTILINE))
+
+    assert re.fullmatch(r"failed \(TimeoutError.*\), then success", runs["A-1001"])
+    assert re.fullmatch(r"doubt \(.*\), then success", runs["A-1002"])
 
 
 @needs("openai")
