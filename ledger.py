@@ -4308,6 +4308,12 @@ class Guard:
             return cast("T", self._run_async(tool, key, args, kwargs))
         return cast("T", self._run(tool, key, args, kwargs).value)
 
+    @overload
+    def call(
+        self, fn: Callable[..., Coroutine[Any, Any, T]], /, *args: Any, **kwargs: Any
+    ) -> Coroutine[Any, Any, Outcome[T]]: ...
+    @overload
+    def call(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Outcome[T]: ...
     def call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Like calling the guard, but answers with an `Outcome` (to await for an async tool)."""
         tool, args, kwargs = self._tool_for(fn, args, kwargs)
