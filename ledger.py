@@ -391,10 +391,12 @@ _MASK: Final = "****"
 _SECRET_WORDS: Final = frozenset(
     [
         "password",
+        "passwords",
         "passwd",
         "passphrase",
         "pwd",
         "secret",
+        "secrets",
         "token",
         "authorization",
         "credential",
@@ -420,6 +422,8 @@ _SECRET_PAIRS: Final = frozenset(
         "account_number",
         "security_code",
         "auth_key",
+        "api_keys",
+        "credit_card",
         "pass_word",
         "pass_phrase",
     ]
@@ -445,20 +449,39 @@ class _Shown:
         self.secrets: list[str] = []
 
     def text(self, bound: dict[str, Any]) -> str:
-        return json.dumps(self._mapping(bound), separators=(",", ":"))
+        try:
+            shown = self._mapping(bound)
+        except RecursionError:  # it counts by key=, or not at all: no reason to refuse it
+            shown = {name: f"<{_type_name(type(value))}>" for name, value in bound.items()}
+        return json.dumps(self.scrub(shown), separators=(",", ":"))
 
     def _mapping(self, values: Any) -> dict[str, Any]:
         return {
-            (k if type(k) is str else str(k)): self._masked(v)
-            if type(k) is str and (k in self.redact or _says_secret(k))
+            str(k): self._masked(v)
+            if isinstance(k, str) and (k in self.redact or _says_secret(str(k)))
             else self.of(v)
             for k, v in values.items()
         }
 
+    def scrub(self, shown: Any) -> Any:
+        """Shown values without the secrets that they repeat: whole, or inside a text if long."""
+        if not self.secrets:
+            return shown
+        if isinstance(shown, dict):
+            return {k: self.scrub(v) for k, v in shown.items()}
+        if isinstance(shown, list):
+            return [self.scrub(v) for v in shown]
+        if shown is None or isinstance(shown, bool):
+            return shown
+        if str(shown) in self.secrets:
+            return _MASK
+        return self.clean(shown, 8) if isinstance(shown, str) else shown
+
     def _masked(self, value: Any) -> str:
         """Every text and number below a secret name is a secret itself."""
-        if isinstance(value, dict):
-            for inner in value.values():
+        fields = _fields(value)
+        if fields is not None or _is_mapping(value):
+            for inner in (value if fields is None else fields).values():
                 self._masked(inner)
         elif isinstance(value, list | tuple | set | frozenset):
             for inner in value:
@@ -486,26 +509,38 @@ class _Shown:
         if hasattr(value, "get_secret_value"):
             return self._masked(value)
         fields = _fields(value)
+        if fields is None and isinstance(value, tuple) and hasattr(kind, "_asdict"):
+            fields = cast("Any", value)._asdict()
         if fields is not None:
             return self._mapping(fields)
         if _is_mapping(value):
             return self._mapping(value)
+        if isinstance(value, str):
+            return self.of(str.__str__(value))
         if isinstance(value, list | tuple | set | frozenset | deque):
             return [self.of(v) for v in value]
         if isinstance(value, bytes | bytearray | memoryview):
             return f"<{len(bytes(value))} bytes>"
-        return str(value)
+        # what an unknown object says of itself may be a secret, or an address
+        return f"<{_type_name(kind)}>" if hasattr(value, "__dict__") else str(value)
 
-    def clean(self, text: str) -> str:
-        """`text` (an error message, a key) with every secret that it repeats masked."""
+    def clean(self, text: str, shortest: int = 0) -> str:
+        """`text` (an error message) with every secret that it repeats masked, quoted or not."""
         for secret in sorted(set(self.secrets), key=len, reverse=True):
-            text = text.replace(secret, _MASK)
+            if len(secret) >= shortest:
+                for form in (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1]):
+                    text = text.replace(form, _MASK)
         return text
 
     def leaks_into(self, result: str) -> bool:
         """Whether a result, as JSON, repeats a secret: as a whole value, or inside one if long."""
+        import re
+
         return any(
-            json.dumps(s) in result or (len(s) >= 8 and json.dumps(s)[1:-1] in result) for s in self.secrets
+            json.dumps(s) in result
+            or (len(s) >= 8 and (json.dumps(s)[1:-1] in result or s.encode("utf-8", "replace").hex() in result))
+            or re.search(rf"(?:^|[:,\[]){re.escape(s)}(?:[,\]}}]|$)", result)
+            for s in self.secrets
         )
 
 
@@ -545,6 +580,10 @@ def _form_float(value: float) -> str:
         return _tagged("float", _quote(str(abs(value) if value != value else value)))
     if value.is_integer():
         return _form_int(int(value))
+    text = float.__repr__(value)
+    if len(text) <= 12 and "e" not in text:  # at most 11 digits: what rounding would leave as they are
+        head, _, tail = text.partition(".")
+        return f"{'-' if value < 0 else ''}{(head + tail).lstrip('-0')}E-{len(tail)}"
     exponent = int(f"{value:.14e}".partition("e")[2])
     digits = min(15, max(11, exponent + 10))
     mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
@@ -566,7 +605,7 @@ def _number(digits: str, exponent: int) -> str:
     exponent += len(digits) - len(bare)
     sign, bare = ("-", bare[1:]) if bare[0] == "-" else ("", bare)
     bare = bare.lstrip("0")
-    if 0 <= exponent < 10_000:
+    if 0 <= exponent < 10_000 and len(bare) < 4_000:  # CPython refuses to read more than 4300 digits
         return _form_int(int(sign + bare) * 10**exponent)
     return f"{sign}{bare}E{exponent}"
 
@@ -659,7 +698,7 @@ _FORMS_BY_NAME: Final[dict[str, Callable[[Any], str]]] = {
 def _other_form(value: Any) -> str:
     kind = type(value)
     if isinstance(value, Enum):
-        return _tagged("enum", f"[{_quote(_type_name(kind))},{_quote(value.name)}]")
+        return _tagged("enum", f"[{_quote(_type_name(kind))},{_quote(value.name or '')}]")
     if isinstance(value, type):
         return _tagged("type", _quote(_type_name(value)))
     if hasattr(kind, "__ledger_key__"):
@@ -757,7 +796,7 @@ def _store_form(value: Any) -> str:
     """A result as JSON text that `_restore` turns back; raises `_Unstorable`."""
     try:
         return json.dumps(_pack(value), separators=(",", ":"), allow_nan=False)
-    except (_Unstorable, RecursionError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # also what a lazy attribute raises: the tool has run, its end counts
         raise _Unstorable(f"{type(value).__name__} ({error})") from error
 
 
@@ -835,10 +874,18 @@ def _unpack(known: Sequence[type], packed: dict[str, Any]) -> Any:
     if kind.startswith("datetime."):
         return _unpack_time(kind, packed)
     made = _class_named(packed["t"], known)
+    plain = packed["w"] if kind == "enum" else tuple(value) if kind == "named" else value
+    try:
+        return plain if made is None else _rebuild(kind, made, packed)
+    except Exception:  # its class is not loaded here or was changed: plain values are better than nothing
+        return plain
+
+
+def _rebuild(kind: str, made: Any, packed: dict[str, Any]) -> Any:
+    """An object of a class of the user, without running its code."""
+    value = packed["v"]
     if kind == "enum":
-        return made[value] if made is not None and value in made.__members__ else packed["w"]
-    if made is None:  # its class is not loaded here: the plain values are better than nothing
-        return tuple(value) if kind == "named" else value
+        return made[value] if value in made.__members__ else made(packed["w"])  # a flag of several
     if kind == "named":
         return made._make(value)
     if kind == "model":
@@ -936,6 +983,7 @@ class _Tool:
         "policy",
         "positional",
         "receiver",
+        "rest",
         "takes_key",
     )
 
@@ -964,6 +1012,9 @@ class _Tool:
         self.by_name = frozenset(p.name for p in every)
         self.defaults = {p.name: p.default for p in every if p.default is not p.empty}
         self.takes_key = "key" in self.by_name
+        self.rest = next((p.name for p in every if p.kind is p.VAR_KEYWORD), None)
+        if any(p.kind is p.VAR_POSITIONAL for p in list(every)[:1]):  # its object is one of *args
+            self.receiver = False
         identity = [p.name for p in every][1 if self.receiver else 0 :]
         self.ordered = [(name, _quote(name)) for name in sorted(identity)]
 
@@ -985,8 +1036,15 @@ class _Tool:
         full.apply_defaults()
         return full.arguments
 
+    def named(self, bound: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name, those that came in `**kwargs` too."""
+        return bound if self.rest is None else {**bound[self.rest], **bound}
+
     def form(self, bound: dict[str, Any], ignored: frozenset[str]) -> str:
         """The canonical text of all arguments but the ignored ones."""
+        if ignored and self.rest is not None:
+            rest = {n: v for n, v in bound[self.rest].items() if n not in ignored}
+            bound = {**bound, self.rest: rest}
         try:
             if not ignored:
                 return "{" + ",".join([f"{q}:{canonical(bound[n])}" for n, q in self.ordered]) + "}"
@@ -1065,7 +1123,10 @@ def _resolve_callable(fn: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any], st
     if isinstance(fn, type) or hasattr(fn, "__name__"):
         module = getattr(fn, "__module__", None) or getattr(owner, "__name__", "builtins")
         return fn, (), {}, f"{_module_name(module)}.{getattr(fn, '__qualname__', fn)}", False
-    return type(fn).__call__, (fn,), {}, _type_name(type(fn)), True
+    name = _type_name(type(fn))
+    if "<locals>" in name:
+        name += "#" + _code_digest(type(fn).__call__)
+    return type(fn).__call__, (fn,), {}, name, True
 
 
 def _first_is_receiver(function: Any) -> bool:
@@ -1079,7 +1140,7 @@ def _first_is_receiver(function: Any) -> bool:
 
 def _function_name(function: Any, owner: Any = None) -> str:
     name = f"{_module_name(function.__module__)}.{function.__qualname__}"
-    if isinstance(owner, type) and owner.__qualname__ not in function.__qualname__:
+    if isinstance(owner, type) and not function.__qualname__.startswith(f"{owner.__qualname__}."):
         name = f"{_type_name(owner)}.{function.__name__}"  # an inherited class method, by its class
     if "<lambda>" in name or "<locals>" in name:
         name += "#" + _code_digest(function)
@@ -1118,6 +1179,8 @@ def _plain_cell(cell: Any) -> str:
         value = cell.cell_contents
     except ValueError:  # still empty
         return ""
+    if hasattr(value, "__qualname__") and hasattr(value, "__module__"):
+        return f"{_module_name(value.__module__)}.{value.__qualname__}"  # what a decorator wraps
     plain = (str, int, float, bool, bytes, tuple, frozenset, type(None))
     return _constant(value) if isinstance(value, plain) else ""
 
@@ -1142,7 +1205,7 @@ def _refuse_uncallable(fn: Any, where: str) -> None:
         )
     marks = ("args_schema", "tool_spec", "inputs", "func", "fn", "params_json_schema", "input_schema")
     plain = hasattr(fn, "__code__") or isinstance(fn, type | functools.partial)
-    described = hasattr(fn, "name") and hasattr(fn, "description")
+    described = all(isinstance(getattr(fn, n, None), str) for n in ("name", "description"))
     if not plain and described and any(hasattr(fn, m) for m in marks):
         raise UsageError(
             f"{where}: {_brief(fn)} is a tool object of {type(fn).__module__.partition('.')[0]}; "
@@ -1150,6 +1213,7 @@ def _refuse_uncallable(fn: Any, where: str) -> None:
             "guard.wrap_tools gives back"
         )
     inner = fn.func if isinstance(fn, functools.partial) else fn
+    inner = inner.__func__ if isinstance(inner, staticmethod) else inner
     inner = inner if hasattr(inner, "__code__") else getattr(type(inner), "__call__", None)  # noqa: B004 - its code is wanted, not whether it is
     code = getattr(inner, "__code__", None)
     if code is None:
@@ -1220,16 +1284,13 @@ def _stat_fields(pid: int) -> list[str]:
     return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
 
 
-_this_process: _Process | None = None
+_identities: dict[int, _Process] = {}
 
 
 def _me() -> _Process:
-    """This process; a forked child is another one."""
-    global _this_process
+    """This process, the same for all its threads; a forked child is another one."""
     pid = os.getpid()
-    if _this_process is None or _this_process.pid != pid:
-        _this_process = _identify(pid)
-    return _this_process
+    return _identities.get(pid) or _identities.setdefault(pid, _identify(pid))
 
 
 def _identify(pid: int) -> _Process:
@@ -1434,7 +1495,7 @@ class _Settle(Op):
     trace: str | None
 
     def apply(self, rows: list[Run], now: _Now) -> _Change:
-        row = next((r for r in rows if r.run == self.run and r.owner == self.token), None)
+        row = next((r for r in rows if r.owner == self.token), None)
         if row is None:
             return _Change(_Verdict("gone"))
         if row.status == "running":
@@ -2102,6 +2163,14 @@ def _event(row: Sequence[Any]) -> dict[str, Any]:
 # ═══ The keeper: one background thread per store ══════════════════════════════════════
 
 
+def _release_once(bell: threading.Lock) -> None:
+    """Ring, or leave it ringing."""
+    try:
+        bell.release()
+    except RuntimeError:
+        pass
+
+
 class _Keeper:
     """Renews leases, writes counters, and fights for outcomes that could not be written."""
 
@@ -2115,10 +2184,9 @@ class _Keeper:
         self._bell = threading.Lock()
         self._bell.acquire()
         self._live: dict[str, tuple[weakref.ref[_Ask], float]] = {}
-        self._pending: list[tuple[Op, _Ask | None]] = []
+        self._pending: list[tuple[Op, _Ask | None, bool]] = []
         self._wakes_at = 0.0
         self._thread: threading.Thread | None = None
-        self._stopped = False
         self.counting = False
 
     def watch(self, ask: _Ask) -> None:
@@ -2132,10 +2200,10 @@ class _Keeper:
         """The run is over."""
         self._live.pop(token, None)
 
-    def keep(self, op: Op, ask: _Ask | None = None) -> None:
-        """Write this outcome as soon as the store takes it; hold the lease meanwhile."""
+    def keep(self, op: Op, ask: _Ask | None = None, *, once: bool = False) -> None:
+        """Write this outcome as soon as the store takes it (or try `once`); hold the lease meanwhile."""
         with self._lock:
-            self._pending.append((op, ask))
+            self._pending.append((op, ask, once))
         self._ring()
 
     def counted(self) -> None:
@@ -2149,7 +2217,7 @@ class _Keeper:
 
     def _ring(self) -> None:
         with self._lock:
-            if not self._alive() and not self._stopped:
+            if not self._alive():
                 self._wakes_at = 0.0
                 self._thread = threading.Thread(target=self._work, name="ledger-keeper", daemon=True)
                 try:
@@ -2157,17 +2225,14 @@ class _Keeper:
                 except RuntimeError:  # the interpreter is going down: finish() does what is left
                     self._thread = None
                 _at_exit(self)
-        try:
-            self._bell.release()
-        except RuntimeError:  # rung already
-            pass
+        _release_once(self._bell)
 
     def _work(self) -> None:
-        while not self._stopped:
+        while self._thread is threading.current_thread():
             pause = self._pause()
             self._wakes_at = time.monotonic() + pause
             self._bell.acquire(timeout=pause)
-            if self._stopped or self.pid != os.getpid():
+            if self.pid != os.getpid():
                 return
             self._tick()
 
@@ -2213,17 +2278,17 @@ class _Keeper:
     def _retry(self) -> None:
         with self._lock:
             pending, self._pending = self._pending, []
-        for index, (op, _) in enumerate(pending):
+        for index, (op, _, once) in enumerate(pending):
             try:
                 self.store.transact(op)
             except LedgerError:
                 with self._lock:
-                    self._pending = pending[index:] + self._pending
+                    self._pending = pending[index + int(once) :] + self._pending
                 raise
             self.forget(op.token)
 
     def finish(self) -> None:
-        """Write everything that waits, within a time limit; nothing is watched afterwards."""
+        """Write everything that waits, within a time limit; go on watching only what still runs."""
         if self.pid != os.getpid():
             return
         limit = time.monotonic() + self.FINISH_SECONDS
@@ -2238,20 +2303,10 @@ class _Keeper:
                 left = len(self._pending)
                 _warn(f"{left} outcome(s) or counts could not be written before the end: {error}")
             break
-        self._stopped = True
-        with self._lock:
-            self._thread = None
-        try:
-            self._bell.release()
-        except RuntimeError:
-            pass
-        self._reopen()
-
-    def _reopen(self) -> None:
-        """A store that was closed works again when it is used again."""
-        self._bell = threading.Lock()
-        self._bell.acquire()
-        self._stopped = False
+        if not self._live:
+            with self._lock:
+                self._thread = None
+            _release_once(self._bell)
 
 
 _keepers: weakref.WeakSet[_Keeper] = weakref.WeakSet()
@@ -2478,7 +2533,8 @@ class SqliteStore(Store):
         self._mutex = threading.Lock()  # held for moments: the queue and who leads it
         self._db: sqlite3.Connection | None = None
         self._readers: list[sqlite3.Connection] = []
-        self._reading = 0
+        self._reading = 0  # open read connections, idle or in use
+        self._forking = False
         self._queue: deque[_Item] = deque()
         self._led = False
         self._writer_bell: threading.Lock | None = None
@@ -3021,11 +3077,13 @@ class SqliteStore(Store):
                 return None
             db = self._open_reader()
             if db is not None:
+                self._reading += 1
                 _track_forks(self)
             return db
 
     def _open_reader(self) -> sqlite3.Connection | None:
         """A connection that cannot write; None while the file is still empty."""
+        self._refuse_network()  # it also says whether a death may be proved here
         error: sqlite3.Error | None = None
         # a read-only folder has no room for the shared memory file: read the file as it stands
         for mode in ("rw", "ro", "ro&immutable=1"):
@@ -3183,10 +3241,15 @@ class SqliteStore(Store):
     def flush(self) -> None:
         """Write what was only counted so far."""
         if self._counts and self._pid == os.getpid():
-            self._submit(self._write_counts, durable=False)
+            taken: list[tuple[Any, ...]] = []
+            try:
+                self._submit(functools.partial(self._write_counts, taken), durable=False)
+            except BaseException:
+                self._counts.extendleft(reversed(taken))
+                raise
 
-    def _write_counts(self, db: sqlite3.Connection) -> None:
-        taken: list[tuple[Any, ...]] = []
+    def _write_counts(self, taken: list[tuple[Any, ...]], db: sqlite3.Connection) -> None:
+        """Write what waits; `taken` keeps it, because the transaction may have to be redone."""
         while self._counts:
             taken.append(self._counts.popleft())
         sums: dict[tuple[Any, ...], int] = {}
@@ -3195,14 +3258,10 @@ class SqliteStore(Store):
             key = count[:6]
             sums[key] = sums.get(key, 0) + 1
             last[count[0]] = count[6:]
-        try:
-            now = self.clock.wall()
-            for (call, run, kind, caller, tool, wf), n in sums.items():
-                self._write_count(db, (call, run, kind, caller, tool, wf), n, last[call], now)
-            self._roll_forward(db)
-        except BaseException:
-            self._counts.extendleft(reversed(taken))
-            raise
+        now = self.clock.wall()
+        for (call, run, kind, caller, tool, wf), n in sums.items():
+            self._write_count(db, (call, run, kind, caller, tool, wf), n, last[call], now)
+        self._roll_forward(db)
 
     def _write_count(
         self, db: sqlite3.Connection, key: tuple[Any, ...], n: int, rest: tuple[Any, ...], now: int
@@ -3333,6 +3392,7 @@ class SqliteStore(Store):
     def _close_connections(self) -> None:
         while self._readers:
             self._readers.pop().close()
+            self._reading -= 1
         if self._db is not None:
             self._db.close()
             self._db = None
@@ -3390,15 +3450,19 @@ class SqliteStore(Store):
 
     def _before_fork(self) -> None:
         """Close everything: a child with its own connection beside an inherited one loses commits."""
-        if not self._gate.acquire(timeout=5) or (self._db is not None and self._db.in_transaction):
-            self._broken = "fork"
-            return
-        self._close_connections()
+        self._forking = self._gate.acquire(timeout=5)
+        busy = self._db is not None and self._db.in_transaction
+        limit = time.monotonic() + 1
+        while self._forking and not busy and time.monotonic() < limit:
+            self._close_connections()  # as they come back: nobody can take one out again
+            if not self._reading:
+                return
+            time.sleep(0.0005)  # another thread is reading: a matter of microseconds
+        self._broken = "fork"
 
     def _after_fork_in_parent(self) -> None:
-        if self._broken:
-            self._broken = ""
-        else:
+        self._broken = ""
+        if self._forking:
             self._gate.release()
 
     def _after_fork_in_child(self) -> None:
@@ -3626,6 +3690,10 @@ def _is_seconds(value: Any) -> bool:
     return _micros(value) > 0 if not isinstance(value, bool | str) else False
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, str | list | tuple | set | frozenset) and all(isinstance(n, str) for n in value)
+
+
 _RANGES: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
     ("max", lambda v: type(v) is int and v >= 1, "a whole number from 1 on"),
     ("ttl", lambda v: v is None or _is_seconds(v), "a positive number of seconds or a timedelta"),
@@ -3633,7 +3701,13 @@ _RANGES: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
     ("wait", lambda v: v == 0 or _is_seconds(v), "a number of seconds from 0 on or a timedelta"),
     ("record", lambda v: v in ("all", "no-result", "no-args", "nothing"), "all, no-result, no-args or nothing"),
     ("on_doubt", lambda v: v in ("rerun", "block") or callable(v), "'rerun', 'block' or a function"),
-    ("key", lambda v: v is None or callable(v) or len(v) > 0, "a list of parameters or a function of them"),
+    ("key", lambda v: v is None or callable(v) or (_are_names(v) and len(v) > 0), "a list of parameters or a function of them"),
+    ("ignore", _are_names, "a list of names"),
+    ("match", _are_names, "a list of names"),
+    ("redact", _are_names, "a list of names"),
+    ("unlimited", lambda v: type(v) is bool, "True or False"),
+    ("replay", lambda v: type(v) is bool, "True or False"),
+    ("irreversible", lambda v: type(v) is bool, "True or False"),
     ("name", lambda v: v is None or (type(v) is str and v != ""), "a name"),
 )  # fmt: skip
 _CONTRADICTIONS: Final[tuple[tuple[Callable[[Any], Any], Callable[[Any], Any], str], ...]] = (
@@ -3815,7 +3889,12 @@ class _Course:
         ask = self.ask
         ask.sent = time.monotonic()
         ask.open = True
-        verdict: _Verdict = yield ("transact", ask.claim)
+        try:
+            verdict: _Verdict = yield ("transact", ask.claim)
+        except StoreError:  # the claim may stand although its reply was lost: close it, once
+            ask.open = False
+            ask.store.keeper.keep(_not_entered(ask.claim.first_row(0, 0)), once=True)
+            raise
         if verdict.kind != "granted":
             ask.open = False
         if verdict.kind == "lost":
@@ -3991,7 +4070,10 @@ class _Course:
 
 
 def _error_text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:2000].rstrip(": ")
+    try:
+        return f"{type(error).__name__}: {error}"[:2000].rstrip(": ")
+    except Exception:  # the tool's own error is the one to tell
+        return type(error).__name__
 
 
 def _trace_text(error: BaseException) -> str:
@@ -4068,21 +4150,14 @@ def _wait(ask: _Ask, left: float) -> None:
     wake = functools.partial(_release_once, bell)
     ask.store.subscribe(ask.claim.call, wake)
     try:
-        bell.acquire(timeout=min(left, _poll_seconds(ask)))
+        bell.acquire(timeout=min(left, _poll_seconds(ask.policy.wait - left)))
     finally:
         ask.store.unsubscribe(ask.claim.call, wake)
 
 
-def _poll_seconds(ask: _Ask) -> float:
-    """Soon at first, then every 50 ms: grows with the time already waited."""
-    return min(0.05, 0.002 + (time.monotonic() - ask.sent) / 4 if ask.sent else 0.005)
-
-
-def _release_once(bell: threading.Lock) -> None:
-    try:
-        bell.release()
-    except RuntimeError:
-        pass
+def _poll_seconds(waited: float) -> float:
+    """Soon at first, then every 50 ms."""
+    return min(0.05, 0.002 + waited / 4)
 
 
 def _abandon(ask: _Ask) -> None:
@@ -4141,7 +4216,8 @@ async def _perform_async(ask: _Ask, step: _Step) -> Any:
         token = _running.set((*_running.get(), ask))
         ask.entered = True
         try:
-            return await ask.tool.function(*ask.args, **ask.kwargs), None
+            value = ask.tool.function(*ask.args, **ask.kwargs)  # a wrapper may have awaited it already
+            return await value if hasattr(value, "__await__") else value, None
         except BaseException as error:
             return None, error
         finally:
@@ -4163,7 +4239,7 @@ async def _wait_async(ask: _Ask, left: float) -> None:
     wake = functools.partial(_call_loop, loop, ended.set)
     ask.store.subscribe(ask.claim.call, wake)
     try:
-        async with asyncio.timeout(min(left, _poll_seconds(ask))):
+        async with asyncio.timeout(min(left, _poll_seconds(ask.policy.wait - left))):
             await ended.wait()
     except TimeoutError:
         pass
@@ -4391,7 +4467,7 @@ class Guard:
         claim.max, claim.ttl, claim.lease = policy.max, policy.ttl, policy.timeout
         claim.on_doubt = "reconcile" if callable(policy.on_doubt) else policy.on_doubt
         claim.forced, claim.not_done, claim.args = forced, None, None
-        claim.matched = self._match_form(claim.call, policy, bound) if policy.match else None
+        claim.matched = self._match_form(claim.call, tool, policy, bound) if policy.match else None
         claim.token = ""
         ask.shown = _Shown(policy.redact)
         ask.bound = bound
@@ -4405,8 +4481,8 @@ class Guard:
         shown = {n: bound[n] for n, _ in ask.tool.ordered}
         text = ask.shown.text(shown)
         claim.args = text if ask.policy.record in ("all", "no-result") else None
-        if claim.key:
-            claim.key = ask.shown.clean(claim.key)
+        if claim.key and ask.shown.secrets:
+            claim.key = json.dumps(ask.shown.scrub(json.loads(claim.key)))
         if claim.key is None and not ask.policy.unlimited:
             self._watch_burst(ask, bound)
 
@@ -4416,26 +4492,28 @@ class Guard:
         if key is None and policy.key is None:
             return tool.form(bound, policy.ignore), None
         if key is None and callable(policy.key):
-            key = policy.key(**bound)
+            key = policy.key(**{n: v for n, v in tool.named(bound).items() if n != tool.rest})
         elif key is None:
-            key = [bound[name] for name in cast("tuple[str, ...]", policy.key)]
-            if not any(v is not None and v not in ("", [], {}, ()) for v in key):
+            values = tool.named(bound)
+            key = [values.get(name) for name in cast("tuple[str, ...]", policy.key)]
+            if all(_is_empty(v) for v in key):
                 key = None
-        if key is None or key in ("", [], {}, ()):
+        if _is_empty(key):
             raise UsageError(f"{_short(tool.name)} did not run: its key is empty; a key must name one action")
         return _tagged("key", tool._part("key", key)), json.dumps(_Shown(policy.redact).of(key))
 
-    def _match_form(self, call: str, policy: Policy, bound: dict[str, Any]) -> str:
+    def _match_form(self, call: str, tool: _Tool, policy: Policy, bound: dict[str, Any]) -> str:
         """Digests, not values: what must agree may be secret."""
+        values = tool.named(bound)
         digests = {
-            n: hashlib.sha256(f"{call}{canonical(bound[n])}".encode()).hexdigest()[:16]
+            n: hashlib.sha256(f"{call}{tool._part(n, values.get(n))}".encode()).hexdigest()[:16]
             for n in sorted(policy.match)
         }
         return json.dumps(digests)
 
     def _receiver_form(self, tool: _Tool, bound: dict[str, Any]) -> str:
         """A method counts the object it belongs to, where that has a stable form."""
-        receiver = bound[next(iter(bound))]
+        receiver = bound[next(iter(tool.parameters.parameters))]
         try:
             return canonical(receiver)
         except (UnstableArgument, RecursionError):
@@ -4447,7 +4525,7 @@ class Guard:
                 f"⚠  {_short(tool.name)} is called on two objects that have no stable form, so their calls "
                 "count as the same; tell them apart with name=… or a __ledger_key__() method"
             )
-        return "null"
+        return _tagged("instance", _quote(_type_name(type(receiver))))
 
     def _watch_burst(self, ask: _Ask, bound: dict[str, Any]) -> None:
         name = ask.claim.tool
@@ -4567,21 +4645,30 @@ class Guard:
             )
 
     def _apply_policy(self, tool: _Tool) -> None:
-        named = self._policies.get(tool.own_name) or self._policies.get(_short(tool.own_name)) or {}
-        tool.policy = Policy(**_layered(self._defaults, tool.options, named))
+        names = (_short(tool.own_name), tool.options.get("name") or "", tool.own_name)
+        own = _layered(tool.options, *(self._policies.get(n, {}) for n in dict.fromkeys(names)))
+        if tool.rest is None:
+            self._check_names(tool, own)
+        tool.policy = Policy(**_layered(self._defaults_for(tool), own))
         tool.name = tool.policy.name or tool.own_name
-        if tool.fast:
-            self._check_names(tool)
         tool.generation = self._generation
 
-    def _check_names(self, tool: _Tool) -> None:
-        policy = tool.policy
+    def _defaults_for(self, tool: _Tool) -> PolicyOptions:
+        """The defaults without a `key` or `match` that names what this tool does not have."""
+        found: dict[str, Any] = {}
+        for option, value in self._defaults.items():
+            named = option in ("key", "match") and value is not None and not callable(value)
+            if not named or tool.rest is not None or _names(cast("Names", value)) <= tool.by_name:
+                found[option] = value
+        return cast("PolicyOptions", found)
+
+    def _check_names(self, tool: _Tool, own: PolicyOptions) -> None:
         for option in ("key", "ignore", "match"):
-            names = getattr(policy, option)
-            unknown = [] if names is None or callable(names) else sorted(set(names) - tool.by_name)
-            if unknown and (option in tool.options or option not in self._defaults):
+            names: Any = own.get(option)
+            unknown = [] if names is None or callable(names) else sorted(_names(names) - tool.by_name)
+            if unknown:
                 raise PolicyError(
-                    f"{option} of {_short(tool.name)} names {', '.join(map(repr, unknown))}, which is no "
+                    f"{option} of {_short(tool.own_name)} names {', '.join(map(repr, unknown))}, which is no "
                     f"parameter of it; it has {', '.join(n for n, _ in tool.ordered) or 'none'}"
                 )
 
@@ -4636,6 +4723,8 @@ class Guard:
                     f"{where}: {_brief(fn)} is guarded already; use guard.policy for more options"
                 )
             return fn
+        if isinstance(fn, classmethod):
+            return classmethod(self._wrap(fn.__func__, options, where))
         _refuse_uncallable(fn, where)
         kind = staticmethod if isinstance(fn, staticmethod) else None
         function, first, named, name, receiver = _resolve_callable(fn)
@@ -4664,9 +4753,12 @@ class Guard:
         """The same kind of collection with every tool guarded; wrapping twice guards once."""
         Policy(**options)
         if isinstance(tools, dict):
-            return cast("Tools", {n: self._wrap_one(t, options) for n, t in tools.items()})
+            wrapped = tools.copy()  # a subclass knows how to copy itself
+            wrapped.update({n: self._wrap_one(t, options) for n, t in tools.items()})
+            return cast("Tools", wrapped)
         if isinstance(tools, list | tuple):
-            return cast("Tools", type(tools)([self._wrap_one(t, options) for t in tools]))
+            make: Any = getattr(tools, "_make", type(tools))
+            return cast("Tools", make([self._wrap_one(t, options) for t in tools]))
         raise UsageError(
             f"wrap_tools takes a dict or a list of functions, not {type(tools).__name__}; for one function "
             "use guard.once(fn)"
@@ -4774,6 +4866,7 @@ class Guard:
     def _existing(self, fn: Any, args: Any, kwargs: Any) -> tuple[_Ask, list[Run]]:
         tool, args, kwargs = self._tool_for(fn, args, kwargs)
         ask = self._ask(tool, _explicit_key(tool, kwargs), args, kwargs)
+        ask.shown.text({n: ask.bound[n] for n, _ in tool.ordered})  # a result told by hand may repeat a secret
         return ask, ask.store.rows(ask.claim.call)
 
     def _refuse_live(self, ask: _Ask, verdict: _Verdict, what: str) -> None:
@@ -4908,8 +5001,15 @@ def _explicit_key(tool: _Tool, kwargs: dict[str, Any]) -> Any:
     for name in ("ledger_key", "key"):
         if name in kwargs and not (name == "key" and tool.takes_key):
             key = kwargs.pop(name)
-            return "" if key is not None and key in ("", [], {}, ()) else key
+            return "" if key is not None and _is_empty(key) else key
     return None
+
+
+def _is_empty(key: Any) -> bool:
+    """Whether it names nothing: None, blank text, an empty collection."""
+    if isinstance(key, str):
+        return not key.strip()
+    return key is None or (hasattr(type(key), "__len__") and len(key) == 0)
 
 
 def _dress(wrapper: Any, fn: Any) -> None:

@@ -1,0 +1,349 @@
+"""Fork in every form: nothing is inherited that could lose a row or run a call twice."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from ledger import Guard
+from tests.actors import Stage
+
+TOOL = """
+def charge(order):
+    effect(order)
+    return order
+
+def wait_for(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def in_child(work):
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        work()
+        code = 0
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
+    finally:
+        guard.flush()
+        os._exit(code)
+"""
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    """A ledger with real processes around it."""
+    with Stage(tmp_path) as made:
+        yield made
+
+
+def recorded(stage: Stage) -> Counter[str]:
+    """How many successes the file has, by the only argument of their call."""
+    with closing(sqlite3.connect(stage.db)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        return Counter(str(row[0]) for row in db.execute("SELECT result FROM runs WHERE status = 'success'"))
+
+
+@pytest.mark.parametrize("used", ["", "guard(charge, 0)", "guard.stats()"], ids=["unused", "written", "read"])
+def test_parent_and_child_share_the_ledger(stage: Stage, used: str) -> None:
+    """A guard works on both sides of a fork, before and after its first use, and runs each call once."""
+    script = TOOL + f"""
+{used}
+def work():
+    for order in range(100):
+        guard(charge, order)
+children = [in_child(work) for _ in range(3)]
+work()
+for child in children:
+    assert wait_for(child) == 0
+"""
+
+    stage.start(script).ends_well()
+
+    assert Counter(stage.effects()) == {str(order): 1 for order in range(100)}
+    assert recorded(stage) == {str(order): 1 for order in range(100)}
+    assert Guard(stage.db, quiet=True).stats()["attempts"] == 400 + used.startswith("guard(")
+
+
+def test_fork_while_another_thread_writes(stage: Stage) -> None:
+    """Children forked in the midst of another thread's writes work, and every side's rows stay."""
+    script = TOOL + """
+stop = threading.Event()
+written = []
+
+def write():
+    while not stop.is_set():
+        guard(charge, len(written))
+        written.append(1)
+
+thread = threading.Thread(target=write)
+thread.start()
+for number in range(1, 26):
+    def work():
+        for order in range(5):
+            guard(charge, number * 1_000_000 + order)
+    assert wait_for(in_child(work)) == 0
+stop.set()
+thread.join()
+say(len(written))
+"""
+    actor = stage.start(script)
+    written = int(actor.line())
+    actor.ends_well()
+
+    expected = [str(order) for order in range(written)]
+    expected += [str(number * 1_000_000 + order) for number in range(1, 26) for order in range(5)]
+    assert recorded(stage) == Counter(expected)
+    assert Counter(stage.effects()) == Counter(expected)
+
+
+def test_fork_while_other_threads_read(stage: Stage) -> None:
+    """Children forked in the midst of other threads' reads work, and lose no row."""
+    script = TOOL + """
+guard(charge, 0)
+stop = threading.Event()
+
+def read():
+    while not stop.is_set():
+        guard(charge, 0)
+
+threads = [threading.Thread(target=read) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for number in range(1, 16):
+    def work():
+        for order in range(5):
+            guard(charge, number * 1_000_000 + order)
+    assert wait_for(in_child(work)) == 0
+stop.set()
+for thread in threads:
+    thread.join()
+"""
+
+    stage.start(script).ends_well()
+
+    expected = ["0", *(str(number * 1_000_000 + order) for number in range(1, 16) for order in range(5))]
+    assert recorded(stage) == Counter(expected)
+
+
+def test_a_child_that_returns_from_the_tool_does_not_end_its_run(stage: Stage) -> None:
+    """The run of a tool that forks belongs to the parent: what the child returns is not recorded."""
+    script = TOOL + """
+def split(order):
+    effect("inside")
+    child = os.fork()
+    if child:
+        assert wait_for(child) == 0
+        return "from the parent"
+    return "from the child"
+
+me = os.getpid()
+value = guard(split, 1)
+if os.getpid() != me:
+    os._exit(0 if value == "from the child" else 1)
+say(value)
+say(guard.history()[0]["result"])
+"""
+    actor = stage.start(script)
+
+    assert actor.line() == "from the parent"
+    assert actor.line() == "from the parent"
+    actor.ends_well()
+    assert stage.effects() == ["inside"]
+    [event] = [e for e in Guard(stage.db, quiet=True).events() if e["kind"] != "claimed"]
+    assert event["kind"] == "success"
+
+
+def test_a_child_that_fails_in_the_tool_does_not_end_its_run(stage: Stage) -> None:
+    """A forked child that raises out of the tool leaves the parent's run alone."""
+    script = TOOL + """
+def split(order):
+    child = os.fork()
+    if child:
+        assert wait_for(child) == 0
+        return "from the parent"
+    raise ValueError("from the child")
+
+me = os.getpid()
+try:
+    say(guard(split, 1))
+except ValueError:
+    os._exit(0 if os.getpid() != me else 1)
+"""
+    actor = stage.start(script)
+
+    assert actor.line() == "from the parent"
+    actor.ends_well()
+    assert [entry["status"] for entry in Guard(stage.db, quiet=True).history()] == ["success"]
+
+
+def test_a_child_may_use_the_guard_inside_the_parents_tool(stage: Stage) -> None:
+    """A child forked inside a tool finds the parent's call running and may run calls of its own."""
+    script = TOOL + """
+def split(order):
+    def work():
+        assert guard.call(split, 1).kind == "blocked"
+        assert guard.call(charge, 7).kind == "executed"
+    assert wait_for(in_child(work)) == 0
+    return "whole"
+
+say(guard(split, 1))
+"""
+    actor = stage.start(script)
+
+    assert actor.line() == "whole"
+    actor.ends_well()
+    assert stage.effects() == ["7"]
+
+
+def test_a_daemon_loses_nothing_when_its_parent_has_left(stage: Stage) -> None:
+    """A child that outlives its parent keeps all its rows, although others open and close the file."""
+    script = TOOL + """
+guard(charge, 0)
+child = os.fork()
+if child:
+    os._exit(0)
+os.setsid()
+say("daemon")
+for order in range(1, 256):
+    guard(charge, order)
+    if order % 50 == 0:
+        say(order)
+        hear()
+guard.close()
+say("written")
+"""
+    daemon = stage.start(script)
+    assert daemon.line() == "daemon"
+    daemon.ends_well()
+
+    for order in range(50, 251, 50):
+        assert daemon.line() == str(order)
+        other = Guard(stage.db, quiet=True)
+        assert other.stats()["executed"] == order + 1
+        other.check()
+        other.close()
+        daemon.tell("go on")
+
+    assert daemon.line() == "written"
+    assert recorded(stage) == {str(order): 1 for order in range(256)}
+
+
+def test_a_child_renews_nothing_of_its_parent(stage: Stage) -> None:
+    """A child keeps no lease of its parent: killed inside the tool, the parent is dead although its child lives."""
+    script = """
+def charge(order):
+    effect("charge", sys.argv[2])
+    if sys.argv[2] == "second":
+        return "paid"
+    if os.fork() == 0:
+        guard.stats()
+        say("child", os.getpid())
+        hear()
+        os._exit(0)
+    time.sleep(1000)
+
+say(guard(charge, 1))
+"""
+    first = stage.start(script, "first")
+    assert first.line().startswith("child")
+    first.kill()
+
+    second = stage.start(script, "second")
+
+    assert second.line() == "paid"
+    first.tell("end")
+    assert stage.effects() == ["charge first", "charge second"]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing_children_run_each_call_once(stage: Stage, method: str) -> None:
+    """Children of every start method get the guard as an argument and run each call once between them."""
+    script = TOOL + f"""
+import multiprocessing
+
+def work(guard):
+    for order in range(50):
+        guard(charge, order)
+
+if __name__ == "__main__":
+    guard(charge, 0)
+    context = multiprocessing.get_context({method!r})
+    children = [context.Process(target=work, args=(guard,)) for _ in range(3)]
+    for child in children:
+        child.start()
+    work(guard)
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+"""
+
+    stage.start(script).ends_well()
+
+    assert Counter(stage.effects()) == {str(order): 1 for order in range(50)}
+    assert recorded(stage) == {str(order): 1 for order in range(50)}
+
+
+@pytest.mark.parametrize("used", ["guard(charge, 0)", "guard.stats()"], ids=["written", "read"])
+def test_a_fork_behind_pythons_back_is_refused(stage: Stage, used: str) -> None:
+    """A child made by the C library's fork is refused with the reason, and the parent works on."""
+    script = TOOL + f"""
+import ctypes
+{used}
+guard(charge, 1)
+child = ctypes.PyDLL(None).fork()
+if child == 0:
+    for work in (lambda: guard(charge, 1), lambda: guard(charge, 2), lambda: guard.stats()):
+        try:
+            work()
+            say("not refused")
+        except StoreError as error:
+            say("forked behind Python's back" in str(error))
+    os._exit(0)
+assert wait_for(child) == 0
+guard(charge, 3)
+"""
+    actor = stage.start(script)
+
+    assert [actor.line() for _ in range(3)] == ["True"] * 3
+    actor.ends_well()
+    assert "2" not in stage.effects()
+    assert stage.effects()[-1] == "3"
+
+
+def test_a_fork_of_a_fork_works(stage: Stage) -> None:
+    """Grandchildren work like children."""
+    script = TOOL + """
+guard(charge, 0)
+def work():
+    guard(charge, 1)
+    assert wait_for(in_child(lambda: guard(charge, 2))) == 0
+    guard(charge, 3)
+assert wait_for(in_child(work)) == 0
+guard(charge, 4)
+"""
+
+    stage.start(script).ends_well()
+
+    assert recorded(stage) == {str(order): 1 for order in range(5)}
+
+
+def test_an_executed_program_inherits_no_descriptor(stage: Stage) -> None:
+    """A program started by a process that has the ledger open does not get the file's descriptors."""
+    script = TOOL + """
+import subprocess
+guard(charge, 0)
+code = "import os; print(*[os.readlink(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{n}')])"
+say(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, close_fds=False).stdout)
+"""
+    actor = stage.start(script)
+
+    assert os.fspath(stage.db) not in actor.line()
