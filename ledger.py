@@ -515,14 +515,17 @@ class _Shown:
             return self._mapping(fields)
         if _is_mapping(value):
             return self._mapping(value)
-        if isinstance(value, str):
-            return self.of(str.__str__(value))
         if isinstance(value, list | tuple | set | frozenset | deque):
             return [self.of(v) for v in value]
+        return self._told(value)
+
+    def _told(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.of(str.__str__(value))
         if isinstance(value, bytes | bytearray | memoryview):
             return f"<{len(bytes(value))} bytes>"
         # what an unknown object says of itself may be a secret, or an address
-        return f"<{_type_name(kind)}>" if hasattr(value, "__dict__") else str(value)
+        return f"<{_type_name(type(value))}>" if hasattr(value, "__dict__") else str(value)
 
     def clean(self, text: str, shortest: int = 0) -> str:
         """`text` (an error message) with every secret that it repeats masked, quoted or not."""
@@ -2509,6 +2512,9 @@ class SqliteStore(Store):
 
     quick_is_prompt = True
 
+    #: whether a new file is made without a notice
+    quiet = False
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -2525,6 +2531,7 @@ class SqliteStore(Store):
         self.instant_death = instant_death
         self.lock_seconds = lock_seconds
         self._start_afresh()
+        _track_forks(self)
 
     def _start_afresh(self) -> None:
         """What a process starts with, and a forked child starts anew: nothing is inherited."""
@@ -2535,6 +2542,7 @@ class SqliteStore(Store):
         self._readers: list[sqlite3.Connection] = []
         self._reading = 0  # open read connections, idle or in use
         self._forking = False
+        self._fork_waits = False  # a fork wants the gate, which a busy writer would never leave to it
         self._queue: deque[_Item] = deque()
         self._led = False
         self._writer_bell: threading.Lock | None = None
@@ -2608,7 +2616,8 @@ class SqliteStore(Store):
                 "writable path with LEDGER_DB or Guard(path)"
             ) from error
         os.close(handle)
-        _notice(f"new ledger: {self.path}")
+        if not self.quiet:
+            _notice(f"new ledger: {self.path}")
 
     def _refuse_network(self) -> None:
         kind = _file_system(os.path.dirname(self.path))
@@ -2790,6 +2799,8 @@ class SqliteStore(Store):
         """One transaction with all that waits; other processes' locks are waited for outside the gate."""
         pause = 0.0001
         while True:
+            while self._fork_waits:
+                time.sleep(0.0005)
             with self._gate:
                 try:
                     db = self._connection()
@@ -3420,7 +3431,7 @@ class SqliteStore(Store):
                 self._wake_writer()
         try:
             return await future
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
             if isinstance(op, _Claim) and not self._withdraw(item):
                 item.deliver = functools.partial(_abandon_claim, self)
                 if item.done:
@@ -3450,6 +3461,7 @@ class SqliteStore(Store):
 
     def _before_fork(self) -> None:
         """Close everything: a child with its own connection beside an inherited one loses commits."""
+        self._fork_waits = True
         self._forking = self._gate.acquire(timeout=5)
         busy = self._db is not None and self._db.in_transaction
         limit = time.monotonic() + 1
@@ -3462,6 +3474,7 @@ class SqliteStore(Store):
 
     def _after_fork_in_parent(self) -> None:
         self._broken = ""
+        self._fork_waits = False
         if self._forking:
             self._gate.release()
 
@@ -4218,10 +4231,15 @@ async def _perform_async(ask: _Ask, step: _Step) -> Any:
         try:
             value = ask.tool.function(*ask.args, **ask.kwargs)  # a wrapper may have awaited it already
             return await value if hasattr(value, "__await__") else value, None
+        except GeneratorExit:  # dropped with its loop: nothing can be awaited any more
+            raise
         except BaseException as error:
             return None, error
         finally:
-            _running.reset(token)
+            try:
+                _running.reset(token)
+            except ValueError:  # the garbage collector closes it from another context
+                pass
     if what == "rows":
         return await ask.store.rows_async(ask.claim.call)
     if what == "wait":
@@ -4346,10 +4364,11 @@ class Guard:
         self._short_names: dict[str, set[str]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._given_store is not None:
-            self._given_store.__getstate__()
+        url = self._resolved_url()
+        if self._given_store is not None or url.startswith("memory://"):
+            (self._given_store or MemoryStore()).__getstate__()
         return {
-            "url": self._resolved_url(), "settings": self._settings, "workflow": self._workflow,
+            "url": url, "settings": self._settings, "workflow": self._workflow,
             "quiet": self._quiet, "policies": self._policies, "defaults": self._defaults,
             "scope": self._scope.get() or self._main_scope,
         }  # fmt: skip
@@ -4984,6 +5003,7 @@ class Guard:
 
     def _resolved_url(self) -> str:
         url = self._url or os.environ.get("LEDGER_DB") or "ledger.db"
+        url = url.removeprefix("sqlite:///")
         return url if "://" in url else os.path.abspath(url)
 
     def _ready(self) -> Store:
@@ -4993,6 +5013,8 @@ class Guard:
         settings = self._settings
         self._url = self._resolved_url()
         self._opened = _open_store(self._url, **cast("Any", settings))
+        if isinstance(self._opened, SqliteStore):
+            self._opened.quiet = self._is_quiet()
         return self._opened
 
 
@@ -5097,15 +5119,23 @@ class Scope:
         try:
             tool, args, kwargs = self._guard._tool_for(fn, args, kwargs)
             key = _explicit_key(tool, kwargs)
+            if not tool.is_async:
+                return cast("T", self._guard._run(tool, key, args, kwargs).value)
             ask = self._guard._ask(tool, key, args, kwargs)
         finally:
             self._variable.set(before)
-        if tool.is_async:
-            return cast("T", _finish(self._guard._answer_async(ask)))
-        reply = self._guard._answer(ask)
+        return cast("T", self._call_async(ask))
+
+    async def _call_async(self, ask: _Ask) -> Any:
+        before = self._variable.get()
+        self._variable.set(self._value)
+        try:
+            reply = await self._guard._answer_async(ask)
+        finally:
+            self._variable.set(before)
         if reply.error is not None:
             raise reply.error
-        return cast("T", reply.value)
+        return reply.value
 
     def reset(self) -> None:
         """Forget the calls of this workflow."""
@@ -5123,13 +5153,6 @@ class Scope:
 
     async def __aexit__(self, *exc: object) -> None:
         self.__exit__()
-
-
-async def _finish(answering: Awaitable[_Reply]) -> Any:
-    reply = await answering
-    if reply.error is not None:
-        raise reply.error
-    return reply.value
 
 
 def _loop_runs() -> bool:

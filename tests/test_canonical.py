@@ -6,7 +6,8 @@ import subprocess
 import sys
 import uuid
 from collections import Counter, OrderedDict, UserDict, deque
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
@@ -28,6 +29,8 @@ import ledger
 from ledger import Guard, MemoryStore, UnstableArgument
 
 HOUR = timezone(timedelta(hours=1))
+ZONE = ZoneInfo("Europe/Berlin")
+NAIVE = datetime(2026, 1, 1)  # noqa: DTZ001 - the case under test
 NAN = float("nan")
 
 
@@ -87,7 +90,7 @@ class Account:
         return self.number
 
 
-class Bag(Set[int]):
+class Bag(AbstractSet[int]):
     """A set that is no `set`."""
 
     def __init__(self, *items: int) -> None:
@@ -150,7 +153,7 @@ SAME: list[tuple[str, Any, Any]] = [
     ("bytes kinds", b"x", bytearray(b"x")),
     ("memoryview", memoryview(b"xy"), b"xy"),
     ("instant", datetime(2026, 1, 1, 12, tzinfo=UTC), datetime(2026, 1, 1, 13, tzinfo=HOUR)),
-    ("zone", datetime(2026, 7, 1, 12, tzinfo=UTC), datetime(2026, 7, 1, 14, tzinfo=ZoneInfo("Europe/Berlin"))),
+    ("zone", datetime(2026, 7, 1, 12, tzinfo=UTC), datetime(2026, 7, 1, 14, tzinfo=ZONE)),
     ("first year", datetime(1, 1, 1, tzinfo=HOUR), datetime(1, 1, 1, tzinfo=HOUR)),
     ("uuid", uuid.UUID(int=5), uuid.UUID(int=5)),
     ("path", Path("a/b"), PurePosixPath("a/b")),
@@ -197,8 +200,8 @@ DIFFERENT: list[tuple[str, Any, Any]] = [
     ("dict and list", {}, []),
     ("order of a list", [1, 2], [2, 1]),
     ("nesting", [[1], 2], [1, [2]]),
-    ("naive", datetime(2026, 1, 1), datetime(2026, 1, 1, tzinfo=UTC)),
-    ("date and datetime", date(2026, 1, 1), datetime(2026, 1, 1)),
+    ("naive", NAIVE, datetime(2026, 1, 1, tzinfo=UTC)),
+    ("date and datetime", date(2026, 1, 1), NAIVE),
     ("date and text", date(2026, 1, 1), "2026-01-01"),
     ("microseconds", datetime(2026, 1, 1, tzinfo=UTC), datetime(2026, 1, 1, microsecond=1, tzinfo=UTC)),
     ("timedelta and number", timedelta(microseconds=60), 60),
@@ -315,13 +318,12 @@ def test_a_float_is_its_decimal(cents: int) -> None:
     assert ledger.canonical(cents / 100) == ledger.canonical(Decimal(cents) / 100)
 
 
-@given(st.floats(min_value=1e-300, max_value=1e300))
-def test_drift_disappears(value: float) -> None:
-    """The neighbouring float of a number that is no integer is the same number."""
-    if not value.is_integer() and not math.nextafter(value, 0).is_integer():
-        digits = ledger.canonical(value).partition("E")[0].lstrip("-")
+@given(st.integers(min_value=1, max_value=10**9), st.integers(min_value=-100, max_value=100))
+def test_drift_disappears(cents: int, drift: int) -> None:
+    """What sums of floats add by accident, below eleven digits, is not another amount."""
+    amount = cents / 100
 
-        assert len(digits) <= 15 or value > 1e15
+    assert ledger.canonical(amount * (1 + drift * 1e-15)) == ledger.canonical(amount)
 
 
 @given(st.datetimes(timezones=st.timezones()), st.timezones())
@@ -352,10 +354,10 @@ def test_known_fingerprints_stay() -> None:
     ]
 
     assert found == [
-        "PIN0",
-        "PIN1",
-        "PIN2",
-        "PIN3",
+        "64154ae7a59305cd48433a4b64bd273d",
+        "984440e7544f72f87a1f7213a15aaf9c",
+        "d64fb616adcfda0a372940a81fc4c33d",
+        "4b767dec7fe0a2441e856550ce367a90",
     ]
 
 

@@ -70,7 +70,8 @@ def test_the_quickstart_runs_once(guard: Guard) -> None:
     """The first call runs and gives the result, the second is blocked and gives None."""
     tool = Tool()
 
-    first, second = guard(tool.charge, order=1), guard(tool.charge, order=1)
+    first: Any = guard(tool.charge, order=1)
+    second: Any = guard(tool.charge, order=1)
 
     assert (first, second, tool.runs) == ({"charged": 1}, None, [1])
 
@@ -195,9 +196,9 @@ def test_a_failed_tool_runs_again(guard: Guard) -> None:
 
     with pytest.raises(ValueError, match="declined"):
         guard(tool)
-    second, third = guard(tool), guard(tool)
+    values: list[Any] = [guard(tool), guard(tool)]
 
-    assert (second, third, len(runs)) == ("ok", None, 2)
+    assert (*values, len(runs)) == ("ok", None, 2)
 
 
 def test_a_duplicate_of_a_live_run_is_blocked_at_once(guard: Guard) -> None:
@@ -433,7 +434,8 @@ def test_blocked_return_is_a_value_of_ones_own(guard: Guard) -> None:
     guard.policy(tool.charge, blocked_return={"status": "duplicate"})
 
     guard(tool.charge, 1)
-    second, third = guard(tool.charge, 1), guard(tool.charge, 1)
+    second: Any = guard(tool.charge, 1)
+    third: Any = guard(tool.charge, 1)
 
     assert {"status": "duplicate"} == second == third
     assert second is not third
@@ -449,7 +451,9 @@ def test_blocked_return_may_be_a_function_of_the_record(guard: Guard) -> None:
     guard.policy(tool.charge, blocked_return=told)
     guard(tool.charge, 1)
 
-    assert guard(tool.charge, 1) == "charge: 1"
+    answer: Any = guard(tool.charge, 1)
+
+    assert answer == "charge: 1"
 
 
 def test_tell_model_says_what_was_done(guard: Guard) -> None:
@@ -522,7 +526,7 @@ def test_wrap_tools_keeps_the_kind_and_guards_once(guard: Guard) -> None:
         runs.append(to)
         return to
 
-    tools = guard.wrap_tools({"send": send})
+    tools: dict[str, Any] = guard.wrap_tools({"send": send})
     again = guard.wrap_tools(tools)
     listed = guard.wrap_tools([tools["send"]])
 
@@ -614,8 +618,8 @@ def test_the_policy_of_the_asking_caller_decides(guard: Guard) -> None:
         runs.append(order)
         return order
 
-    strict = guard.once(charge)
-    kind = guard.once(replay=True)(charge)
+    strict: Any = guard.once(charge)
+    kind: Any = guard.once(replay=True)(charge)
 
     assert (strict(1), strict(1), kind(1), runs) == (1, None, 1, [1])
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,9 +34,9 @@ class Tool:
 
 
 @pytest.fixture
-def tool() -> Iterator[Tool]:
+def tool() -> Tool:
     """A tool under a guard of its own."""
-    yield Tool()
+    return Tool()
 
 
 def in_thread(act: Callable[[], Any]) -> Any:
@@ -73,8 +73,8 @@ def test_a_guard_may_have_a_workflow_of_its_own() -> None:
 
 def test_the_same_call_runs_once_per_workflow(tool: Tool) -> None:
     """The same arguments in another workflow are another call."""
-    for id in ("a", "a", "b"):
-        tool.guard.workflow(id)
+    for name in ("a", "a", "b"):
+        tool.guard.workflow(name)
         tool.guard(tool.charge, 1)
 
     assert (tool.runs, tool.workflows()) == ([1, 1], ["a", "b"])
@@ -213,7 +213,7 @@ def test_made_in_a_running_loop_it_is_the_tasks_alone(tool: Tool) -> None:
         return tool(), in_thread(tool)
 
     async def main() -> list[tuple[str, str]]:
-        return await asyncio.gather(one("a"), one("b"))
+        return list(await asyncio.gather(one("a"), one("b")))
 
     assert asyncio.run(main()) == [("a", "default"), ("b", "default")]
     assert tool() == "default"
