@@ -40,7 +40,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from enum import Enum, StrEnum
 from json.encoder import encode_basestring_ascii as _quote
 from typing import (
@@ -1901,10 +1901,27 @@ class Store:
     # -- async callers --
 
     async def transact_async(self, op: Op) -> _Verdict:
-        """`transact` without blocking the event loop."""
+        """`transact` without blocking the event loop; a claim granted to a cancelled caller is given back."""
         import asyncio
 
-        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, self.transact, op))
+        gone: list[bool] = []
+        given: list[_Verdict] = []
+
+        def give_back() -> None:
+            if gone and given and isinstance(op, _Claim) and given[0].row and given[0].kind == "granted":
+                self.keeper.keep(_not_entered(given[0].row))
+
+        def work() -> _Verdict:
+            given.append(self.transact(op))
+            give_back()
+            return given[0]
+
+        try:
+            return await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, work))
+        except (asyncio.CancelledError, GeneratorExit):
+            gone.append(True)  # whichever side comes second sees both, and settling twice is settling once
+            give_back()
+            raise
 
     async def rows_async(self, call: str) -> list[Run]:
         """`rows` without blocking the event loop."""

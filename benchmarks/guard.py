@@ -274,6 +274,11 @@ def guarded_async(made: Guard, number: int) -> Awaitable[object]:
     return made(charge_async, number, 19.99, "EUR")
 
 
+async def answered(made: Guard, number: int) -> object:
+    """The same as a coroutine, which is what an event loop runs."""
+    return await guarded_async(made, number)
+
+
 def guard_lane(made: Guard) -> Lane:
     """The guard's side of a comparison."""
     return Lane(functools.partial(guarded, made))
@@ -489,7 +494,7 @@ def same_calls_in_process(path: Path, guarded_ones: bool, gate: Any, done: Any) 
     call: Callable[[int], object]
     if guarded_ones:
         made = open_guard(path)
-        add = made.once(name="add")(effect.add)
+        add = made.once(name="add", replay=False)(effect.add)  # like the floor's, a loser waits for nobody
         call = add
     else:
         call = functools.partial(floor_once, Floor(path), effect)
@@ -581,8 +586,6 @@ async def tick_beside(
 
     tasks = [asyncio.create_task(work(1 + i, 20)) for i in range(20)]
     if make is not None:
-        await make(0)
-        made += 1
         tasks.append(asyncio.create_task(work(0, 0)))
     await tick(seconds, gaps)
     over = True
@@ -622,7 +625,8 @@ def guarded_gaps(path: Path, seconds: float, *, locked: bool) -> list[float]:
     """Gaps of a loop full of guarded calls, also while another process holds the write lock."""
     gaps: list[float] = []
     made = open_guard(path)
-    made(charge, -1, 19.99, "EUR")
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(answered(made, 0))
     holder = None
     if locked:
         command = [sys.executable, "-c", HOLDER, str(path), "2"]
@@ -630,9 +634,10 @@ def guarded_gaps(path: Path, seconds: float, *, locked: bool) -> list[float]:
         if holder.stdout is None or not holder.stdout.readline():
             raise SystemExit("the process that should hold the lock did not start")
         seconds = 2.0
-    calls = asyncio.run(tick_beside(seconds, gaps, functools.partial(guarded_async, made)))
+    calls = loop.run_until_complete(tick_beside(seconds, gaps, functools.partial(guarded_async, made)))
     if holder is not None:
-        holder.wait()
+        holder.communicate()
+    loop.close()
     expect(f"… executed{' beside the lock' if locked else ''}", executed(made), calls + 1)
     made.close()
     return gaps

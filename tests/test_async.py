@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import ledger
-from ledger import NOT_DONE, Guard, InDoubt, InProgress, MemoryStore, Record
+from ledger import NOT_DONE, Guard, InDoubt, InProgress, MemoryStore, Record, Store
 
 #: holds the write lock of a ledger for so many seconds, and says when it has it
 LOCK_HOLDER = """
@@ -281,6 +281,58 @@ def test_a_claim_that_is_cancelled_leaves_nothing_running(on_disk: Guard, tmp_pa
     assert asyncio.run(main()) == []
     assert "running" not in settled(on_disk, [])
     assert asyncio.run(_one(on_disk, send)) == "ok"
+
+
+class SlowStore(Store):
+    """A user's store of six methods, slow to claim."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: dict[str, Record] = {}
+        self.seconds = 0.0
+
+    def get(self, id: str) -> Record | None:
+        return self.records.get(id)
+
+    def claim(self, record: Record) -> bool:
+        time.sleep(self.seconds)
+        return self.records.setdefault(record.id, record) is record
+
+    def put(self, record: Record) -> None:
+        self.records[record.id] = record
+
+    def delete(self, id: str) -> None:
+        self.records.pop(id, None)
+
+    def all(self, wf: str | None = None) -> list[Record]:
+        return [r for r in self.records.values() if wf in (None, r.wf)]
+
+    def clear(self, wf: str | None = None) -> None:
+        self.records = {k: r for k, r in self.records.items() if wf not in (None, r.wf)}
+
+
+def test_a_cancelled_claim_in_a_users_store_is_given_back() -> None:
+    """A claim that is granted after its caller was cancelled is closed as not entered, and is free."""
+    store, runs = SlowStore(), []
+    guard = Guard(store=store, quiet=True)
+
+    async def send() -> str:
+        runs.append(1)
+        return "ok"
+
+    async def main() -> None:
+        store.seconds = 0.3
+        task = asyncio.create_task(_one(guard, send))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        store.seconds = 0.0
+
+    asyncio.run(main())
+
+    assert settled(guard, ["failed"]) == ["failed"]
+    assert (asyncio.run(_one(guard, send)), runs) == ("ok", [1])
 
 
 def test_a_settle_that_is_cancelled_is_still_written(on_disk: Guard, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def write():
         guard(charge, len(written))
         written.append(1)
 
-thread = threading.Thread(target=write)
+thread = threading.Thread(target=write, daemon=True)
 thread.start()
 for number in range(1, 26):
     def work():
@@ -115,7 +115,7 @@ def read():
     while not stop.is_set():
         guard(charge, 0)
 
-threads = [threading.Thread(target=read) for _ in range(3)]
+threads = [threading.Thread(target=read, daemon=True) for _ in range(3)]
 for thread in threads:
     thread.start()
 for number in range(1, 16):
