@@ -388,6 +388,9 @@ def _iso(micros: int | None) -> str | None:
 # ═══ Secrets ══════════════════════════════════════════════════════════════════════════
 
 _MASK: Final = "****"
+# json.dumps makes a new encoder for every call that does not take its defaults
+_compact: Final = json.JSONEncoder(separators=(",", ":")).encode
+_compact_finite: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 _SECRET_WORDS: Final = frozenset(
     [
         "password",
@@ -453,7 +456,7 @@ class _Shown:
             shown = self._mapping(bound)
         except RecursionError:  # it counts by key=, or not at all: no reason to refuse it
             shown = {name: f"<{_type_name(type(value))}>" for name, value in bound.items()}
-        return json.dumps(self.scrub(shown), separators=(",", ":"))
+        return _compact(self.scrub(shown))
 
     def _mapping(self, values: Any) -> dict[str, Any]:
         return {
@@ -798,7 +801,7 @@ class _Unstorable(Exception):
 def _store_form(value: Any) -> str:
     """A result as JSON text that `_restore` turns back; raises `_Unstorable`."""
     try:
-        return json.dumps(_pack(value), separators=(",", ":"), allow_nan=False)
+        return _compact_finite(_pack(value))
     except Exception as error:  # also what a lazy attribute raises: the tool has run, its end counts
         raise _Unstorable(f"{type(value).__name__} ({error})") from error
 
@@ -1459,7 +1462,7 @@ class _Claim(Op):
 
     def _close(self, latest: Run, change: _Change, now: _Now) -> Run | None:
         """Takeover: close what is still open, and answer or pass over a doubt."""
-        answered = self.not_done == (latest.run, latest.owner)
+        answered = not latest.released and self.not_done == (latest.run, latest.owner)
         released = 1 if self.forced else latest.released
         if latest.status == "running":
             status = "failed" if answered else "doubt"
@@ -3056,7 +3059,7 @@ class SqliteStore(Store):
     def quick(self, call: str) -> Sequence[tuple[str, int, str | None, int]]:
         """Status, released, result and number of each run: all that most duplicates need."""
         sql = "SELECT status, released, result, run FROM runs WHERE call = ? ORDER BY run"
-        if self._pid == os.getpid():
+        if self._pid == os.getpid() and not self._fork_waits:
             try:
                 db = self._readers.pop()
             except IndexError:
@@ -3094,6 +3097,8 @@ class SqliteStore(Store):
         if self._pid != os.getpid() or self._broken:
             with self._gate:
                 self._connection()  # raises, and says why
+        while self._fork_waits:
+            time.sleep(0.0005)
         try:
             return self._readers.pop()
         except IndexError:
@@ -3983,6 +3988,7 @@ class _Course:
         try:
             answer = yield ("user", (ask.policy.on_doubt, record))
         except Exception as error:
+            self.guard._count(ask, row.run)
             raise InDoubt(f"{_doubt_text(record)} (reconcile failed: {error!r})", record) from error
         if answer is STILL_UNKNOWN:
             self.guard._count(ask, row.run)
@@ -4648,12 +4654,14 @@ class Guard:
         made = getattr(fn, "__ledger_tool__", None)
         if isinstance(made, _Tool):
             owner = getattr(fn, "__self__", None)
-            return made, args if owner is None else (owner, *args), kwargs
+            lead, preset = fn.__ledger_lead__
+            return made, lead + (args if owner is None else (owner, *args)), {**preset, **kwargs}
         _refuse_uncallable(fn, "guard")
         function, first, named, name, receiver = _resolve_callable(fn)
         inner = getattr(function, "__ledger_tool__", None)
         if isinstance(inner, _Tool):
-            return inner, first + args, {**named, **kwargs}
+            lead, preset = function.__ledger_lead__
+            return inner, lead + first + args, {**preset, **named, **kwargs}
         try:
             found = self._tools.get(function)
         except TypeError:
@@ -4783,6 +4791,7 @@ class Guard:
             wrapper = guarded
         _dress(wrapper, fn)
         wrapper.__ledger_tool__ = tool
+        wrapper.__ledger_lead__ = (first, named)  # of a method, a partial or a callable object
         return kind(wrapper) if kind else wrapper
 
     def wrap_tools(self, tools: Tools, **options: Unpack[PolicyOptions]) -> Tools:

@@ -47,7 +47,9 @@ for key in order:
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments_never_charge_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kills_at_random_moments_never_charge_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """However many workers are killed, each call ends once, and none runs beside or after its success."""
     dice = random.Random(20_240_229)
     began = time.monotonic()

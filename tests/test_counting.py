@@ -58,7 +58,8 @@ def test_threads_of_one_process_count_exactly(stage: Stage) -> None:
     """Sixteen threads that ask for one call lose no count between them."""
     script = LOOK_UP + (
         "guard(look_up, 1)\n"
-        "threads = [threading.Thread(target=lambda: [guard(look_up, 1) for _ in range(250)]) for _ in range(16)]\n"
+        "work = lambda: [guard(look_up, 1) for _ in range(250)]\n"
+        "threads = [threading.Thread(target=work) for _ in range(16)]\n"
         "for thread in threads:\n    thread.start()\n"
     )
 
@@ -120,7 +121,9 @@ def test_an_error_that_ends_the_process_leaves_no_count_behind(stage: Stage) -> 
 @pytest.mark.parametrize("used", [False, True], ids=["unused", "used"])
 def test_multiprocessing_children_leave_no_count_behind(stage: Stage, method: str, used: bool) -> None:
     """Children of multiprocessing, where atexit does not run, write their counts before they end."""
-    script = LOOK_UP + f"""
+    script = (
+        LOOK_UP
+        + f"""
 import multiprocessing
 
 def work(guard):
@@ -137,6 +140,7 @@ if __name__ == "__main__":
         child.join()
         assert child.exitcode == 0
 """
+    )
 
     stage.start(script).ends_well()
 
@@ -145,7 +149,9 @@ if __name__ == "__main__":
 
 def test_a_pool_leaves_no_count_behind(stage: Stage) -> None:
     """Workers of a process pool that is shut down in the normal way have written their counts."""
-    script = LOOK_UP + """
+    script = (
+        LOOK_UP
+        + """
 from concurrent.futures import ProcessPoolExecutor
 
 def work(number):
@@ -155,6 +161,7 @@ if __name__ == "__main__":
     with ProcessPoolExecutor(2) as pool:
         list(pool.map(work, range(100)))
 """
+    )
 
     stage.start(script).ends_well()
 
@@ -163,13 +170,16 @@ if __name__ == "__main__":
 
 def test_a_kill_loses_counts_and_nothing_else(stage: Stage) -> None:
     """A killed process loses at most what it counted just now: its runs and the sums stay sound."""
-    script = LOOK_UP + """
+    script = (
+        LOOK_UP
+        + """
 for order in range(20):
     guard(look_up, order)
 for _ in range(1000):
     guard(look_up, 1)
 os.kill(os.getpid(), signal.SIGKILL)
 """
+    )
 
     actor = stage.start(script)
     assert actor.ends() < 0

@@ -322,7 +322,7 @@ say(*kinds)
 
 
 def test_duplicates_that_arrive_as_the_first_call_ends_never_run(stage: Stage) -> None:
-    """Duplicates that meet the end of the first call get its result or are blocked, and never undo its record."""
+    """Duplicates that meet the end of the first call are answered, and never undo its record."""
     orders = 150
     script = f"""
 def charge(order):
@@ -374,9 +374,7 @@ def test_without_instant_death_only_the_lease_decides(stage: Stage) -> None:
     first.kill()
 
     second = stage.start(
-        "guard = Guard(DB, quiet=True, instant_death=False)\n"
-        + CHARGE
-        + "say(guard.call(charge, 1).kind)\n",
+        "guard = Guard(DB, quiet=True, instant_death=False)\n" + CHARGE + "say(guard.call(charge, 1).kind)\n",
         "second",
     )
 

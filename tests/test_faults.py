@@ -13,8 +13,6 @@ from ledger import Guard, StoreError
 from tests.actors import eventually
 
 
-
-
 @pytest.fixture
 def db(tmp_path: Path) -> Path:
     """Where the ledger of the test lies."""

@@ -55,7 +55,9 @@ def recorded(stage: Stage) -> Counter[str]:
 @pytest.mark.parametrize("used", ["", "guard(charge, 0)", "guard.stats()"], ids=["unused", "written", "read"])
 def test_parent_and_child_share_the_ledger(stage: Stage, used: str) -> None:
     """A guard works on both sides of a fork, before and after its first use, and runs each call once."""
-    script = TOOL + f"""
+    script = (
+        TOOL
+        + f"""
 {used}
 def work():
     for order in range(100):
@@ -65,6 +67,7 @@ work()
 for child in children:
     assert wait_for(child) == 0
 """
+    )
 
     stage.start(script).ends_well()
 
@@ -75,7 +78,9 @@ for child in children:
 
 def test_fork_while_another_thread_writes(stage: Stage) -> None:
     """Children forked in the midst of another thread's writes work, and every side's rows stay."""
-    script = TOOL + """
+    script = (
+        TOOL
+        + """
 stop = threading.Event()
 written = []
 
@@ -83,6 +88,7 @@ def write():
     while not stop.is_set():
         guard(charge, len(written))
         written.append(1)
+        time.sleep(0.002)
 
 thread = threading.Thread(target=write, daemon=True)
 thread.start()
@@ -95,6 +101,7 @@ stop.set()
 thread.join()
 say(len(written))
 """
+    )
     actor = stage.start(script)
     written = int(actor.line())
     actor.ends_well()
@@ -107,7 +114,9 @@ say(len(written))
 
 def test_fork_while_other_threads_read(stage: Stage) -> None:
     """Children forked in the midst of other threads' reads work, and lose no row."""
-    script = TOOL + """
+    script = (
+        TOOL
+        + """
 guard(charge, 0)
 stop = threading.Event()
 
@@ -127,6 +136,7 @@ stop.set()
 for thread in threads:
     thread.join()
 """
+    )
 
     stage.start(script).ends_well()
 
@@ -136,7 +146,9 @@ for thread in threads:
 
 def test_a_child_that_returns_from_the_tool_does_not_end_its_run(stage: Stage) -> None:
     """The run of a tool that forks belongs to the parent: what the child returns is not recorded."""
-    script = TOOL + """
+    script = (
+        TOOL
+        + """
 def split(order):
     effect("inside")
     child = os.fork()
@@ -152,6 +164,7 @@ if os.getpid() != me:
 say(value)
 say(guard.history()[0]["result"])
 """
+    )
     actor = stage.start(script)
 
     assert actor.line() == "from the parent"
@@ -164,7 +177,9 @@ say(guard.history()[0]["result"])
 
 def test_a_child_that_fails_in_the_tool_does_not_end_its_run(stage: Stage) -> None:
     """A forked child that raises out of the tool leaves the parent's run alone."""
-    script = TOOL + """
+    script = (
+        TOOL
+        + """
 def split(order):
     child = os.fork()
     if child:
@@ -178,6 +193,7 @@ try:
 except ValueError:
     os._exit(0 if os.getpid() != me else 1)
 """
+    )
     actor = stage.start(script)
 
     assert actor.line() == "from the parent"
@@ -187,7 +203,9 @@ except ValueError:
 
 def test_a_child_may_use_the_guard_inside_the_parents_tool(stage: Stage) -> None:
     """A child forked inside a tool finds the parent's call running and may run calls of its own."""
-    script = TOOL + """
+    script = (
+        TOOL
+        + """
 def split(order):
     def work():
         assert guard.call(split, 1).kind == "blocked"
@@ -197,6 +215,7 @@ def split(order):
 
 say(guard(split, 1))
 """
+    )
     actor = stage.start(script)
 
     assert actor.line() == "whole"
@@ -206,7 +225,9 @@ say(guard(split, 1))
 
 def test_a_daemon_loses_nothing_when_its_parent_has_left(stage: Stage) -> None:
     """A child that outlives its parent keeps all its rows, although others open and close the file."""
-    script = TOOL + """
+    script = (
+        TOOL
+        + """
 guard(charge, 0)
 child = os.fork()
 if child:
@@ -221,6 +242,7 @@ for order in range(1, 256):
 guard.close()
 say("written")
 """
+    )
     daemon = stage.start(script)
     assert daemon.line() == "daemon"
     daemon.ends_well()
@@ -238,7 +260,7 @@ say("written")
 
 
 def test_a_child_renews_nothing_of_its_parent(stage: Stage) -> None:
-    """A child keeps no lease of its parent: killed inside the tool, the parent is dead although its child lives."""
+    """A parent killed inside the tool is dead although its child lives, which renews nothing of it."""
     script = """
 def charge(order):
     effect("charge", sys.argv[2])
@@ -267,7 +289,9 @@ say(guard(charge, 1))
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_multiprocessing_children_run_each_call_once(stage: Stage, method: str) -> None:
     """Children of every start method get the guard as an argument and run each call once between them."""
-    script = TOOL + f"""
+    script = (
+        TOOL
+        + f"""
 import multiprocessing
 
 def work(guard):
@@ -285,6 +309,7 @@ if __name__ == "__main__":
         child.join()
         assert child.exitcode == 0
 """
+    )
 
     stage.start(script).ends_well()
 
@@ -295,7 +320,9 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("used", ["guard(charge, 0)", "guard.stats()"], ids=["written", "read"])
 def test_a_fork_behind_pythons_back_is_refused(stage: Stage, used: str) -> None:
     """A child made by the C library's fork is refused with the reason, and the parent works on."""
-    script = TOOL + f"""
+    script = (
+        TOOL
+        + f"""
 import ctypes
 {used}
 guard(charge, 1)
@@ -311,6 +338,7 @@ if child == 0:
 assert wait_for(child) == 0
 guard(charge, 3)
 """
+    )
     actor = stage.start(script)
 
     assert [actor.line() for _ in range(3)] == ["True"] * 3
@@ -321,7 +349,9 @@ guard(charge, 3)
 
 def test_a_fork_of_a_fork_works(stage: Stage) -> None:
     """Grandchildren work like children."""
-    script = TOOL + """
+    script = (
+        TOOL
+        + """
 guard(charge, 0)
 def work():
     guard(charge, 1)
@@ -330,6 +360,7 @@ def work():
 assert wait_for(in_child(work)) == 0
 guard(charge, 4)
 """
+    )
 
     stage.start(script).ends_well()
 
@@ -338,12 +369,17 @@ guard(charge, 4)
 
 def test_an_executed_program_inherits_no_descriptor(stage: Stage) -> None:
     """A program started by a process that has the ledger open does not get the file's descriptors."""
-    script = TOOL + """
+    script = (
+        TOOL
+        + """
 import subprocess
 guard(charge, 0)
-code = "import os; print(*[os.readlink(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{n}')])"
-say(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, close_fds=False).stdout)
+names = "os.listdir('/proc/self/fd')"
+code = f"import os; print(*map(os.path.realpath, map('/proc/self/fd/'.__add__, {names})))"
+done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, close_fds=False)
+say(done.stdout)
 """
+    )
     actor = stage.start(script)
 
     assert os.fspath(stage.db) not in actor.line()

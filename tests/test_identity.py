@@ -290,7 +290,7 @@ def test_match_must_agree() -> None:
 def test_defaults_reach_the_tools_that_have_the_parameter() -> None:
     """A default key holds where a tool has that parameter, and leaves the others alone."""
     guard = memory()
-    guard.defaults(key=["to"], ignore=["sent_at"])
+    guard.defaults(key=["to"])
 
     assert call_of(guard, send, "a", "x") == call_of(guard, send, "a", "y")
     assert call_of(guard, keyed, "a", 1) != call_of(guard, keyed, "b", 1)

@@ -84,11 +84,12 @@ VALUES: list[Any] = [
     datetime(2026, 10, 25, 2, 30, tzinfo=ZONE, fold=1), datetime(2026, 1, 1),  # noqa: DTZ001 - naive ones too
     date(2026, 1, 1), time(1, 2, 3), time(1, 2, tzinfo=ZONE), timedelta(days=-1, microseconds=3),
     Decimal("1.50"), uuid.UUID(int=7), Path("a/b"), Color.RED, Right.READ, Right.READ | Right.WRITE, Right(0),
-    Receipt("7", Decimal("1.50"), (1, 2)), Parcel(1.5), Point(1, 2), [Point(1, 2), {"at": Receipt("1", Decimal(1))}],
-    Order(orderId=1, tags={"a"}, line=Line("7"), more=[1]),
+    Receipt("7", Decimal("1.50"), (1, 2)), Parcel(1.5), Point(1, 2),
+    [Point(1, 2), {"at": Receipt("1", Decimal(1))}],
+    Order.model_validate({"orderId": 1, "tags": {"a"}, "line": Line("7"), "more": [1]}),
 ]  # fmt: skip
 UNSTORABLE: list[Any] = [
-    object(), io.StringIO(), (n for n in ()), lambda: 1, Lazy(1), [1, {"a": object()}],
+    object(), io.StringIO(), iter(range(1)), lambda: 1, Lazy(1), [1, {"a": object()}],
     pydantic.SecretStr("x"), ValueError("x"),
 ]  # fmt: skip
 

@@ -125,32 +125,35 @@ def test_methods_of_every_kind_are_decorated_in_their_class() -> None:
     class Shop:
         @guard.once
         def one(self, n: int) -> str:
-            return "one"
+            return f"one {n}"
 
         @classmethod
         @guard.once
         def two(cls, n: int) -> str:
-            return "two"
+            return f"two {n}"
 
         @guard.once
         @classmethod
         def three(cls, n: int) -> str:
-            return "three"
+            return f"three {n}"
 
         @staticmethod
         @guard.once
         def four(n: int) -> str:
-            return "four"
+            return f"four {n}"
 
         @guard.once
         @staticmethod
         def five(n: int) -> str:
-            return "five"
+            return f"five {n}"
 
     shop: Any = Shop()
     tools = [shop.one, shop.two, shop.three, shop.four, shop.five]
 
-    assert [tool(1) for tool in tools] == ["one", "two", "three", "four", "five"]
+    assert [tool(1) for tool in tools] == [
+        "one 1", "two 1", "three 1", "four 1", "five 1",
+    ]  # fmt: skip
+
     assert [guard(tool, 1) for tool in tools] == [None] * 5
 
 
@@ -253,7 +256,7 @@ def test_a_callable_tool_object_is_refused() -> None:
         def __call__(self, order: str) -> str:
             return order
 
-    with pytest.raises(UsageError, match="charge is a tool object of .*guard the function first"):
+    with pytest.raises(UsageError, match=r"charge is a tool object of .*guard the function first"):
         memory()(Tool(), "a")
 
 
@@ -268,6 +271,7 @@ def test_what_is_no_collection_is_refused(tools: Any) -> None:
 
 def test_blocked_return_is_a_value_that_is_not_shared() -> None:
     """Each blocked caller gets a copy of its own."""
+    tool: Any
     [tool] = memory().wrap_tools([charge], blocked_return={"done": []})
     tool("a")
     blocked: list[Any] = [tool("a"), tool("a")]
@@ -280,6 +284,7 @@ def test_blocked_return_is_a_value_that_is_not_shared() -> None:
 def test_blocked_return_is_a_function_of_the_record() -> None:
     """A function gets the record, blocked attempts counted."""
     seen: list[Record] = []
+    tool: Any
     [tool] = memory().wrap_tools([charge], blocked_return=lambda r: seen.append(r) or "blocked")  # type: ignore[func-returns-value]
     tool("a")
 
@@ -349,6 +354,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_wrong_policy_is_an_error_at_once(options: Any, message: str) -> None:
     """Misspelt, out of range or contradictory options are refused where they are given."""
     guard = memory()
+    give: Any
     for give in (
         guard.defaults,
         guard.once,

@@ -51,7 +51,10 @@ class SixMethodStore(Store):
 
     def claim(self, record: Record) -> bool:
         with self.lock:
-            return self.records.setdefault(record.id, record) is record
+            if record.id in self.records:
+                return False
+            self.records[record.id] = record
+            return True
 
     def put(self, record: Record) -> None:
         with self.lock:
@@ -90,9 +93,7 @@ def claim(call: str = "c", **values: Any) -> Any:
 def settle(run: Run, status: str = "success", *, result: str | None = None) -> ledger.Op:
     """The owner's word on how that run ended."""
     values: dict[str, Any] = {"result": result, "error": None, "trace": None}
-    return ledger._make(
-        ledger._Settle, call=run.call, token=run.owner, run=run.run, status=status, **values
-    )
+    return ledger._make(ledger._Settle, call=run.call, token=run.owner, run=run.run, status=status, **values)
 
 
 def renew(run: Run) -> ledger.Op:

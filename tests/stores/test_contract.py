@@ -277,9 +277,7 @@ def test_ttl_opens_the_call_again(store: Store, clock: FakeClock) -> None:
 
 @pytest.mark.parametrize("lapsed", [True, False])
 @pytest.mark.parametrize(("mode", "answer"), [("block", "doubt"), ("reconcile", "reconcile")])
-def test_a_doubt_holds_the_call(
-    store: Store, clock: FakeClock, lapsed: bool, mode: str, answer: str
-) -> None:
+def test_a_doubt_holds_the_call(store: Store, clock: FakeClock, lapsed: bool, mode: str, answer: str) -> None:
     """Under block and reconcile nothing runs after a doubt, and looking closes nothing."""
     run = run_of(store)
     if lapsed:
@@ -372,7 +370,9 @@ def test_every_transition_has_its_event(store: Store, clock: FakeClock) -> None:
 
 def test_totals_are_what_a_recount_gives(store: Store, clock: FakeClock) -> None:
     """The sums per tool are those of all calls, whatever happened to them."""
-    for number, end in enumerate(["success", "failed", "suspended", "doubt", "late", "told", "forced", "", "gone"]):
+    for number, end in enumerate(
+        ["success", "failed", "suspended", "doubt", "late", "told", "forced", "", "gone"]
+    ):
         asked = claim(call=f"c{number}", tool=f"tests.tool{number % 2}")
         run = store.transact(asked).row
         assert run is not None

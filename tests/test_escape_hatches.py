@@ -1,0 +1,316 @@
+"""The ways out: retry, force, resolve and reset, and what a policy does with a doubt."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ledger
+from ledger import Guard, InDoubt, InProgress, LedgerError, MemoryStore, NotPerformed, Record, UsageError
+from tests.stores.kit import SixMethodStore
+
+RUNS: list[Any] = []
+NEXT: list[BaseException] = []
+
+
+@pytest.fixture(params=["sqlite", "memory", "six"])
+def guard(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Guard]:
+    """A guard of its own on each kind of store."""
+    RUNS.clear()
+    NEXT.clear()
+    if request.param == "sqlite":
+        made = Guard(tmp_path / "ledger.db", quiet=True)
+    else:
+        made = Guard(store=MemoryStore() if request.param == "memory" else SixMethodStore(), quiet=True)
+    yield made
+    made.close()
+
+
+def charge(order: int) -> str:
+    """Counts its runs; raises what the test put into NEXT."""
+    RUNS.append(order)
+    if NEXT:
+        raise NEXT.pop()
+    return f"receipt {len(RUNS)}"
+
+
+async def charge_async(order: int) -> str:
+    """The same for await."""
+    return charge(order)
+
+
+def leave_in_doubt(guard: Guard) -> None:
+    """A run that is interrupted, as by Ctrl-C."""
+    NEXT.append(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        guard(charge, 1)
+
+
+def test_retry_lets_the_next_call_run_once(guard: Guard) -> None:
+    """After retry one call runs, and the one after it is a duplicate."""
+    guard(charge, 1)
+
+    assert guard.retry(charge, 1)
+
+    kinds = [guard.call(charge, 1).kind for _ in range(2)]
+    assert ["executed", "blocked"] == kinds
+
+
+def test_retry_of_an_unknown_call_says_so(guard: Guard) -> None:
+    """There was nothing to release."""
+    assert not guard.retry(charge, 1)
+
+
+def test_retry_after_a_forced_failure_lets_the_next_call_run(guard: Guard) -> None:
+    """A success, a forced run that failed, then retry: the next call runs."""
+    guard(charge, 1)
+    NEXT.append(ValueError("no"))
+    with pytest.raises(ValueError, match="no"):
+        guard.force(charge, 1)
+
+    guard.retry(charge, 1)
+
+    assert "executed" == guard.call(charge, 1).kind
+
+
+def test_force_runs_whatever_the_history_says(guard: Guard) -> None:
+    """A forced run happens beside a success, is recorded, and the newest success is replayed."""
+    guard(charge, 1)
+
+    assert "receipt 2" == guard.force(charge, 1)
+    guard.policy(charge, replay=True)
+    assert "receipt 2" == guard(charge, 1)
+    assert [False, True] == [bool(r["forced"]) for r in guard.history()[0]["runs"]] or len(
+        guard.history()[0]["runs"]
+    )
+
+
+def test_force_of_an_async_tool_is_awaited(guard: Guard) -> None:
+    """force works for coroutine functions with an await, and nothing else is different."""
+
+    async def main() -> list[Any]:
+        return [
+            await guard(charge_async, 1),
+            await guard.force(charge_async, 1),
+            await guard(charge_async, 1),
+        ]
+
+    assert ["receipt 1", "receipt 2", None] == asyncio.run(main())
+
+
+@pytest.mark.parametrize("act", ["retry", "force", "resolve", "reset"])
+def test_a_live_run_is_left_alone_and_its_owner_named(guard: Guard, act: str) -> None:
+    """While the tool runs, every way out is refused with the name of the process that holds the call."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow(order: int) -> str:
+        RUNS.append(order)
+        entered.set()
+        assert leave.wait(30)
+        return "slow"
+
+    thread = threading.Thread(target=guard, args=(slow, 1))
+    thread.start()
+    assert entered.wait(30)
+    ways: dict[str, Callable[[], object]] = {
+        "retry": lambda: guard.retry(slow, 1),
+        "force": lambda: guard.force(slow, 1),
+        "resolve": lambda: guard.resolve(slow, 1, result="x"),
+        "reset": guard.reset,
+    }
+    try:
+        with pytest.raises(InProgress, match=r"running in this process \(pid \d+\)") as refused:
+            ways[act]()
+        assert refused.value.record is not None
+    finally:
+        leave.set()
+        thread.join()
+
+    assert [1] == RUNS
+    assert "blocked" == guard.call(slow, 1).kind
+
+
+def test_resolve_with_a_result_is_what_duplicates_get(guard: Guard) -> None:
+    """A doubt that somebody settled as done is replayed like any success."""
+    guard.policy(charge, on_doubt="block", replay=True)
+    leave_in_doubt(guard)
+
+    guard.resolve(charge, 1, result="found it")
+
+    assert "found it" == guard(charge, 1)
+    assert [1] == RUNS
+
+
+def test_resolve_as_not_done_frees_the_call(guard: Guard) -> None:
+    """done=False lets the next call run."""
+    guard.policy(charge, on_doubt="block")
+    leave_in_doubt(guard)
+
+    guard.resolve(charge, 1, done=False)
+
+    assert "receipt 2" == guard(charge, 1)
+
+
+def test_resolve_needs_a_doubt(guard: Guard) -> None:
+    """What succeeded, or was never called, or contradicts itself, is not resolved."""
+    with pytest.raises(UsageError, match="never made"):
+        guard.resolve(charge, 1, result=1)
+    guard(charge, 1)
+
+    with pytest.raises(UsageError, match=r"is SUCCESS, not in doubt"):
+        guard.resolve(charge, 1, done=False)
+    with pytest.raises(UsageError, match="has no result"):
+        guard.resolve(charge, 1, result=1, done=False)
+    assert "blocked" == guard.call(charge, 1).kind
+
+
+def test_reset_forgets_one_workflow(guard: Guard) -> None:
+    """After reset the workflow's calls run again; others stay done."""
+    for wf in ("a", "b"):
+        guard.workflow(wf)(charge, 1)
+
+    guard.reset("a")
+
+    kinds = [guard.workflow(wf).call(charge, 1).kind for wf in ("a", "b")]
+    assert ["executed", "blocked"] == kinds
+
+
+def test_rerun_is_the_default_after_a_doubt(guard: Guard) -> None:
+    """An interrupted run is in doubt, never running, and the next call runs."""
+    leave_in_doubt(guard)
+
+    assert 1 == guard.stats()["in_doubt"]
+    assert "receipt 2" == guard(charge, 1)
+
+
+def test_block_asks_a_person(guard: Guard) -> None:
+    """Under block the duplicate gets InDoubt with the record, is counted, and nothing runs."""
+    guard.policy(charge, on_doubt="block")
+    told: list[Record] = []
+    guard.on_doubt(told.append)
+    leave_in_doubt(guard)
+
+    with pytest.raises(InDoubt, match=r"guard\.resolve") as refused:
+        guard(charge, 1)
+
+    assert refused.value.record is not None
+    guard.flush()
+    assert ([1], 1, 1) == (RUNS, guard.stats()["blocked"], len(told[-1:]))
+
+
+def reconciled(answer: Any, asked: list[Record]) -> Callable[[Record], Any]:
+    """A reconcile function that remembers what it was asked."""
+
+    def find_out(record: Record) -> Any:
+        asked.append(record)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    return find_out
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_reconcile_with_a_result_settles_the_doubt(guard: Guard, is_async: bool) -> None:
+    """The function's answer becomes the result; it is asked once, and the tool does not run."""
+    asked: list[Record] = []
+    plain = reconciled("found it", asked)
+
+    async def coroutine(record: Record) -> Any:
+        return plain(record)
+
+    tool: Any = charge_async if is_async else charge
+    guard.policy(tool, on_doubt=coroutine if is_async else plain, replay=True)
+    NEXT.append(KeyboardInterrupt())
+
+    def call() -> Any:
+        return asyncio.run(guard(tool, 1)) if is_async else guard(tool, 1)
+
+    with pytest.raises(KeyboardInterrupt):
+        call()
+
+    assert ["found it", "found it"] == [call(), call()]
+    assert ([1], 1, True) == (RUNS, len(asked), asked[0].in_doubt)
+
+
+def test_reconcile_with_not_done_runs_the_tool(guard: Guard) -> None:
+    """NOT_DONE closes the doubt as failed and runs the tool for the same caller."""
+    guard.policy(charge, on_doubt=reconciled(ledger.NOT_DONE, []))
+    leave_in_doubt(guard)
+
+    assert "receipt 2" == guard(charge, 1)
+    assert ["failed", "success"] == [r["status"] for r in guard.history()[0]["runs"]]
+
+
+@pytest.mark.parametrize("answer", [ledger.STILL_UNKNOWN, ValueError("service is down")])
+def test_reconcile_without_an_answer_runs_nothing(guard: Guard, answer: Any) -> None:
+    """STILL_UNKNOWN and an error of the function both end in InDoubt, counted, with nothing written."""
+    guard.policy(charge, on_doubt=reconciled(answer, []))
+    leave_in_doubt(guard)
+
+    with pytest.raises(InDoubt):
+        guard(charge, 1)
+
+    guard.flush()
+    assert ([1], 1, 1) == (RUNS, guard.stats()["in_doubt"], guard.stats()["blocked"])
+
+
+def test_an_irreversible_tool_that_raises_is_in_doubt(guard: Guard) -> None:
+    """Any error may have come after the effect, so the next call is refused."""
+    guard.policy(charge, irreversible=True)
+    NEXT.append(ValueError("timeout"))
+    with pytest.raises(ValueError, match="timeout"):
+        guard(charge, 1)
+
+    with pytest.raises(InDoubt):
+        guard(charge, 1)
+
+
+@pytest.mark.parametrize("error", [NotPerformed("refused"), ConnectionRefusedError("nobody there")])
+def test_proof_that_nothing_happened_frees_the_call(guard: Guard, error: Exception) -> None:
+    """NotPerformed, and what no_effect= lists, lets an irreversible tool run again."""
+    guard.policy(charge, irreversible=True, no_effect=ConnectionRefusedError)
+    NEXT.append(error)
+    with pytest.raises(type(error)):
+        guard(charge, 1)
+
+    assert "receipt 2" == guard(charge, 1)
+
+
+class Asks(Exception):
+    """A framework's signal that a person is asked first."""
+
+
+class ModelRetry(Exception):
+    """Called like one that is known by name."""
+
+
+ModelRetry.__module__ = "pydantic_ai.exceptions"
+
+
+@pytest.mark.parametrize("signal", [Asks, ModelRetry])
+def test_a_tool_that_suspends_itself_has_not_failed(guard: Guard, signal: type[Exception]) -> None:
+    """The exception passes through, the run is suspended, and the resumed call runs."""
+    guard.policy(charge, suspends=Asks, irreversible=True)
+    NEXT.append(signal("may I?"))
+    with pytest.raises(signal):
+        guard(charge, 1)
+
+    assert (1, 0) == (guard.stats()["suspended"], guard.stats()["failed"])
+    assert "receipt 2" == guard(charge, 1)
+
+
+def test_call_tells_the_outcomes_apart(guard: Guard) -> None:
+    """executed, blocked and replayed come with the value and the record."""
+    first, blocked = guard.call(charge, 1), guard.call(charge, 1)
+    guard.policy(charge, replay=True)
+    replayed = guard.call(charge, 1)
+
+    assert [(o.kind, o.value) for o in (first, blocked, replayed)] == [
+        ("executed", "receipt 1"), ("blocked", None), ("replayed", "receipt 1"),
+    ]  # fmt: skip
+    assert {first.record.call} == {o.record.call for o in (blocked, replayed)}
+    assert issubclass(InDoubt, LedgerError)
