@@ -544,7 +544,10 @@ class _Shown:
 
         return any(
             json.dumps(s) in result
-            or (len(s) >= 8 and (json.dumps(s)[1:-1] in result or s.encode("utf-8", "replace").hex() in result))
+            or (
+                len(s) >= 8
+                and (json.dumps(s)[1:-1] in result or s.encode("utf-8", "replace").hex() in result)
+            )
             or re.search(rf"(?:^|[:,\[]){re.escape(s)}(?:[,\]}}]|$)", result)
             for s in self.secrets
         )
@@ -2570,6 +2573,7 @@ class SqliteStore(Store):
         self._registered = ""
         self._synchronous = ""
         self._counts: deque[tuple[Any, ...]] = deque()
+        self._flushing = threading.Lock()
         self._owners: dict[str, _Process | None] = {}
         self._broken: str = ""
         self._keeper = None
@@ -3273,7 +3277,11 @@ class SqliteStore(Store):
 
     def flush(self) -> None:
         """Write what was only counted so far."""
-        if self._counts and self._pid == os.getpid():
+        if self._pid != os.getpid():
+            return
+        with self._flushing:  # who finds nothing left waits until another thread has written it
+            if not self._counts:
+                return
             taken: list[tuple[Any, ...]] = []
             try:
                 self._submit(functools.partial(self._write_counts, taken), durable=False)
@@ -4911,7 +4919,9 @@ class Guard:
     def _existing(self, fn: Any, args: Any, kwargs: Any) -> tuple[_Ask, list[Run]]:
         tool, args, kwargs = self._tool_for(fn, args, kwargs)
         ask = self._ask(tool, _explicit_key(tool, kwargs), args, kwargs)
-        ask.shown.text({n: ask.bound[n] for n, _ in tool.ordered})  # a result told by hand may repeat a secret
+        ask.shown.text(
+            {n: ask.bound[n] for n, _ in tool.ordered}
+        )  # a result told by hand may repeat a secret
         return ask, ask.store.rows(ask.claim.call)
 
     def _refuse_live(self, ask: _Ask, verdict: _Verdict, what: str) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -94,8 +94,7 @@ class Actor:
 
     def ends(self) -> int:
         """Its exit code, when it has ended."""
-        code = self._process.wait(PATIENCE)
-        return code
+        return self._process.wait(PATIENCE)
 
     def ends_well(self) -> None:
         """It must end without an error."""
@@ -114,10 +113,8 @@ class Actor:
             self._process.wait(PATIENCE)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                try:
+                with suppress(OSError):
                     pipe.close()
-                except OSError:
-                    pass
         self._errors.close()
 
 

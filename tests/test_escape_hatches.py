@@ -1,6 +1,7 @@
 """The ways out: retry, force, resolve and reset, and what a policy does with a doubt."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,13 +84,11 @@ def test_force_runs_whatever_the_history_says(guard: Guard) -> None:
     assert "receipt 2" == guard.force(charge, 1)
     guard.policy(charge, replay=True)
     assert "receipt 2" == guard(charge, 1)
-    assert [False, True] == [bool(r["forced"]) for r in guard.history()[0]["runs"]] or len(
-        guard.history()[0]["runs"]
-    )
+    assert 2 == len(guard.history()[0]["runs"])
 
 
 def test_force_of_an_async_tool_is_awaited(guard: Guard) -> None:
-    """force works for coroutine functions with an await, and nothing else is different."""
+    """Force works for coroutine functions with an await, and nothing else is different."""
 
     async def main() -> list[Any]:
         return [
@@ -122,7 +121,7 @@ def test_a_live_run_is_left_alone_and_its_owner_named(guard: Guard, act: str) ->
         "reset": guard.reset,
     }
     try:
-        with pytest.raises(InProgress, match=r"running in this process \(pid \d+\)") as refused:
+        with pytest.raises(InProgress, match=rf"running in .*pid {os.getpid()}") as refused:
             ways[act]()
         assert refused.value.record is not None
     finally:
@@ -174,8 +173,7 @@ def test_reset_forgets_one_workflow(guard: Guard) -> None:
 
     guard.reset("a")
 
-    kinds = [guard.workflow(wf).call(charge, 1).kind for wf in ("a", "b")]
-    assert ["executed", "blocked"] == kinds
+    assert ["receipt 3", None] == [guard.workflow(wf)(charge, 1) for wf in ("a", "b")]
 
 
 def test_rerun_is_the_default_after_a_doubt(guard: Guard) -> None:
@@ -198,7 +196,8 @@ def test_block_asks_a_person(guard: Guard) -> None:
 
     assert refused.value.record is not None
     guard.flush()
-    assert ([1], 1, 1) == (RUNS, guard.stats()["blocked"], len(told[-1:]))
+    assert ([1], 1) == (RUNS, guard.stats()["blocked"])
+    assert [(1, "doubt")] * 2 == [(r.run, r.status) for r in told]  # when it ended, and when it blocked
 
 
 def reconciled(answer: Any, asked: list[Record]) -> Callable[[Record], Any]:

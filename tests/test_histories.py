@@ -326,7 +326,7 @@ def test_a14b_a_late_not_done_finds_the_row_changed(world: World) -> None:
     """A14b: two callers answer NOT DONE: one of them runs, the other finds it running."""
     p1 = world.enter()
     world.ask(settle(p1, "doubt"))
-    answer = {"on_doubt": "reconcile", "not_done": (p1.run, p1.owner)}
+    answer: dict[str, Any] = {"on_doubt": "reconcile", "not_done": (p1.run, p1.owner)}
 
     assert ["granted", "live"] == [world.ask(claim(**answer)) for _ in range(2)]
 

@@ -83,8 +83,7 @@ def test_one_file_is_an_install(tmp_path: Path) -> None:
     (tmp_path / "quickstart.py").write_text(QUICKSTART)
 
     first, second = (
-        run(sys.executable, "-S", "-E", "-s", "-W", "error", "quickstart.py", cwd=tmp_path)
-        for _ in range(2)
+        run(sys.executable, "-S", "-E", "-s", "-W", "error", "quickstart.py", cwd=tmp_path) for _ in range(2)
     )
 
     assert first == "charged A-17 4200\n"
@@ -113,12 +112,7 @@ def test_the_wheel_holds_the_layout_and_nothing_else(wheel: Path) -> None:
         names = archive.namelist()
         stub = archive.read("ledger-stubs/__init__.pyi")
 
-    assert {name.partition("/")[0] for name in names} == {
-        "ledger.py",
-        "ledger-stubs",
-        info,
-        *companions,
-    }
+    assert {name.partition("/")[0] for name in names} == {"ledger.py", "ledger-stubs", info, *companions}
     assert stub == (ROOT / "ledger.py").read_bytes()
     assert f"{info}/licenses/LICENSE" in names
 
@@ -136,9 +130,7 @@ def test_the_base_install_has_no_dependencies(wheel: Path) -> None:
 @pytest.mark.slow
 def test_the_wheel_works_in_a_clean_environment(installed: Path, tmp_path: Path) -> None:
     """The installed guard runs the quickstart, from site-packages and not from this tree."""
-    (tmp_path / "quickstart.py").write_text(
-        f"{QUICKSTART}\nimport ledger\nprint(ledger.__file__)\n"
-    )
+    (tmp_path / "quickstart.py").write_text(f"{QUICKSTART}\nimport ledger\nprint(ledger.__file__)\n")
 
     charged, where = run(installed, "-W", "error", "quickstart.py", cwd=tmp_path).splitlines()
 
@@ -148,9 +140,7 @@ def test_the_wheel_works_in_a_clean_environment(installed: Path, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", USER_FILES, ids=lambda path: path.stem)
-def test_a_users_file_is_typed_against_the_wheel(
-    path: Path, installed: Path, tmp_path: Path
-) -> None:
+def test_a_users_file_is_typed_against_the_wheel(path: Path, installed: Path, tmp_path: Path) -> None:
     """Mypy strict sees the signatures of the installed wheel, and no Any in their place."""
     mine = shutil.copyfile(path, tmp_path / path.name)
     strict = ("-m", "mypy", "--strict", "--config-file=", "--cache-dir", os.devnull)

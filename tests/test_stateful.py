@@ -72,7 +72,7 @@ class Model:
         last = self.rows[-1] if self.rows else None
         if last and last.status == "running" and last.lease > now:  # R3.1
             return "live"
-        answered = bool(last) and ask.not_done == (last.run, last.owner)
+        answered = last is not None and ask.not_done == (last.run, last.owner)
         if last and not ask.forced:
             if sum(r.counts(now, ask.ttl) for r in self.rows) >= ask.max:  # R3.2
                 return "done"
@@ -109,9 +109,9 @@ class Model:
             row.late, row.late_at = status, now
         return "late"
 
-    def renew(self, token: str, now: int) -> str:
+    def renew(self, run: int, token: str, now: int) -> str:
         row = self.owned(token)
-        if row is None or row.status != "running":
+        if row is None or row.run != run or row.status != "running":
             return "lost"
         row.lease = now + LEASE  # R7: also when it had lapsed
         return "renewed"
@@ -234,7 +234,7 @@ class Machine:
     def renew(self) -> None:
         if self.holding:
             run = self.random.choice(self.holding)
-            self.same(f"renew {run.run}", self.model.renew(run.owner, self.clock.wall()), renew(run))
+            self.same(f"renew {run.run}", self.model.renew(run.run, run.owner, self.clock.wall()), renew(run))
 
     def retry(self) -> None:
         if self.seen:

@@ -298,7 +298,7 @@ def test_not_done_closes_the_doubt_and_runs(store: Store, clock: FakeClock, laps
         clock.advance(301)
     else:
         store.transact(settle(run, "doubt"))
-    answer = {"on_doubt": "reconcile", "not_done": (run.run, run.owner)}
+    answer: dict[str, Any] = {"on_doubt": "reconcile", "not_done": (run.run, run.owner)}
 
     first, second = (store.transact(claim(**answer)).kind for _ in range(2))
 
@@ -407,7 +407,7 @@ def test_totals_are_what_a_recount_gives(store: Store, clock: FakeClock) -> None
 
 
 def test_the_six_methods_do_what_they_say(store: Store) -> None:
-    """claim inserts once, get finds, put overwrites, all lists, delete and clear remove."""
+    """Claim inserts once, get finds, put overwrites, all lists, delete and clear remove."""
     record = ledger._record([claim().first_row(store.clock.wall(), 0)], 0, in_doubt=False)
     other = record._replace(id="d", call="d", wf="other")
 
