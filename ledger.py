@@ -40,7 +40,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from enum import Enum, StrEnum
 from json.encoder import encode_basestring_ascii as _quote
 from typing import (
@@ -58,47 +59,26 @@ from typing import (
     Unpack,
     cast,
     overload,
-)
+)  # fmt: skip
 
 if TYPE_CHECKING:
-    import asyncio
     from datetime import datetime, timedelta
     from types import CodeType
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "NOT_DONE",
-    "STILL_UNKNOWN",
-    "Current",
-    "Guard",
-    "InDoubt",
-    "InProgress",
-    "KeyConflict",
-    "LedgerError",
-    "MemoryStore",
-    "NotPerformed",
-    "Outcome",
-    "Policy",
-    "PolicyError",
-    "Record",
-    "SqliteStore",
-    "Status",
-    "Store",
-    "StoreError",
-    "UnstableArgument",
-    "UsageError",
-    "current",
-    "guard",
-    "idempotency_key",
-    "known_suspends",
-    "tell_model",
-]
+    "NOT_DONE", "STILL_UNKNOWN", "Current", "Guard", "InDoubt", "InProgress", "KeyConflict", "LedgerError",
+    "MemoryStore", "NotPerformed", "Outcome", "Policy", "PolicyError", "PolicyOptions", "Record", "Scope",
+    "SqliteStore", "Status", "Store", "StoreError", "UnstableArgument", "UsageError", "at", "current",
+    "guard", "idempotency_key", "known_suspends", "tell_model",
+]  # fmt: skip
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 Tools = TypeVar("Tools", bound="dict[str, Any] | list[Any] | tuple[Any, ...]")
+_MICROS: Final = 1_000_000
 
 
 # ═══ Errors ═══════════════════════════════════════════════════════════════════════════
@@ -208,28 +188,26 @@ class Run(NamedTuple):
     key: str | None
     args: str | None
     matched: str | None
-    status: str
-    result: str | None
-    error: str | None
-    trace: str | None
     started: int
-    ended: int | None
     lease: int
+    #: the lease on the monotonic clock of the owner's boot
     mono: int
-    closed_by: str | None
-    released: int
-    forced: int
-    late: str | None
-    late_at: int | None
-    blocked: int
+    status: str = "running"
+    result: str | None = None
+    error: str | None = None
+    trace: str | None = None
+    ended: int | None = None
+    closed_by: str | None = None
+    released: int = 0
+    forced: int = 0
+    late: str | None = None
+    late_at: int | None = None
+    blocked: int = 0
 
     def succeeded_since(self, horizon: int) -> bool:
         """Whether this is a success, or a late one, younger than `horizon` and not released."""
-        if self.released:
-            return False
-        if self.status == "success":
-            return (self.ended or 0) > horizon
-        return self.late == "success" and (self.late_at or 0) > horizon
+        ended = self.ended if self.status == "success" else self.late_at if self.late == "success" else None
+        return ended is not None and ended > horizon and not self.released
 
 
 class Record(NamedTuple):
@@ -367,190 +345,22 @@ def tell_model(record: Record) -> str:
     done = f"already done at {_clock_text(record.ended or record.started)}"
     if record.result_json is None:
         return f"{done}; do not repeat it"
-    return f"{done}; result: {_plain(record.result_json)}"
+    value = json.loads(record.result_json, object_hook=lambda d: d["v"] if "$" in d else d)
+    return f"{done}; result: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
 
 
 def _clock_text(micros: int) -> str:
-    moment = at(micros)
-    recent = time.time() - micros / 1e6 < 86_400
-    return moment.strftime("%H:%M:%S" if recent else "%Y-%m-%d %H:%M:%S")
-
-
-def _short(tool: str) -> str:
-    name = tool.split("#", 1)[0].rsplit(".", 1)[-1]
-    return name if name != "<lambda>" else tool.rsplit(".", 1)[-1]
+    recent = time.time() - micros / _MICROS < 86_400
+    return at(micros).strftime("%H:%M:%S" if recent else "%Y-%m-%d %H:%M:%S")
 
 
 def _iso(micros: int | None) -> str | None:
     return None if micros is None else at(micros).isoformat()
 
 
-# ═══ Secrets ══════════════════════════════════════════════════════════════════════════
-
-_MASK: Final = "****"
-# json.dumps makes a new encoder for every call that does not take its defaults
-_compact: Final = json.JSONEncoder(separators=(",", ":")).encode
-_compact_finite: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-_SECRET_WORDS: Final = frozenset(
-    [
-        "password",
-        "passwords",
-        "passwd",
-        "passphrase",
-        "pwd",
-        "secret",
-        "secrets",
-        "token",
-        "authorization",
-        "credential",
-        "credentials",
-        "cvv",
-        "cvc",
-        "apikey",
-        "bearer",
-        "ssn",
-        "pin",
-        "otp",
-        "jwt",
-    ]
-)
-_SECRET_PAIRS: Final = frozenset(
-    [
-        "api_key",
-        "access_key",
-        "private_key",
-        "signing_key",
-        "encryption_key",
-        "card_number",
-        "account_number",
-        "security_code",
-        "auth_key",
-        "api_keys",
-        "credit_card",
-        "pass_word",
-        "pass_phrase",
-    ]
-)
-_LONG_TEXT: Final = 10_000
-
-
-@functools.lru_cache(4096)
-def _says_secret(name: str) -> bool:
-    """Whether a parameter, key or field of this name holds a secret: `api_key`, not `max_tokens`."""
-    import re
-
-    words = [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)]
-    pairs = {f"{a}_{b}" for a, b in zip(words, words[1:], strict=False)}  # noqa: RUF007 - itertools for one pair
-    return not _SECRET_WORDS.isdisjoint(words) or not _SECRET_PAIRS.isdisjoint(pairs)
-
-
-class _Shown:
-    """Arguments as they may be stored and shown; `secrets` collects the texts that were masked."""
-
-    def __init__(self, redact: frozenset[str]) -> None:
-        self.redact = redact
-        self.secrets: list[str] = []
-
-    def text(self, bound: dict[str, Any]) -> str:
-        try:
-            shown = self._mapping(bound)
-        except RecursionError:  # it counts by key=, or not at all: no reason to refuse it
-            shown = {name: f"<{_type_name(type(value))}>" for name, value in bound.items()}
-        return _compact(self.scrub(shown))
-
-    def _mapping(self, values: Any) -> dict[str, Any]:
-        return {
-            str(k): self._masked(v)
-            if isinstance(k, str) and (k in self.redact or _says_secret(str(k)))
-            else self.of(v)
-            for k, v in values.items()
-        }
-
-    def scrub(self, shown: Any) -> Any:
-        """Shown values without the secrets that they repeat: whole, or inside a text if long."""
-        if not self.secrets:
-            return shown
-        if isinstance(shown, dict):
-            return {k: self.scrub(v) for k, v in shown.items()}
-        if isinstance(shown, list):
-            return [self.scrub(v) for v in shown]
-        if shown is None or isinstance(shown, bool):
-            return shown
-        if str(shown) in self.secrets:
-            return _MASK
-        return self.clean(shown, 8) if isinstance(shown, str) else shown
-
-    def _masked(self, value: Any) -> str:
-        """Every text and number below a secret name is a secret itself."""
-        fields = _fields(value)
-        if fields is not None or _is_mapping(value):
-            for inner in (value if fields is None else fields).values():
-                self._masked(inner)
-        elif isinstance(value, list | tuple | set | frozenset):
-            for inner in value:
-                self._masked(inner)
-        elif value is not None and not isinstance(value, bool):
-            if hasattr(value, "get_secret_value"):
-                value = value.get_secret_value()
-            text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-            if len(text) > 2:
-                self.secrets.append(text)
-        return _MASK
-
-    def of(self, value: Any) -> Any:
-        kind = type(value)
-        if kind is str:
-            if len(value) <= _LONG_TEXT:
-                return value
-            return f"{value[:_LONG_TEXT]}… ({len(value)} characters)"
-        if kind is bool or kind is int or value is None:
-            return value if kind is not int or value.bit_length() < 10_000 else hex(value)
-        if kind is float:
-            return value if value - value == 0 else str(value)
-        if isinstance(value, Enum):
-            return self.of(value.value)
-        if hasattr(value, "get_secret_value"):
-            return self._masked(value)
-        fields = _fields(value)
-        if fields is None and isinstance(value, tuple) and hasattr(kind, "_asdict"):
-            fields = cast("Any", value)._asdict()
-        if fields is not None:
-            return self._mapping(fields)
-        if _is_mapping(value):
-            return self._mapping(value)
-        if isinstance(value, list | tuple | set | frozenset | deque):
-            return [self.of(v) for v in value]
-        return self._told(value)
-
-    def _told(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return self.of(str.__str__(value))
-        if isinstance(value, bytes | bytearray | memoryview):
-            return f"<{len(bytes(value))} bytes>"
-        # what an unknown object says of itself may be a secret, or an address
-        return f"<{_type_name(type(value))}>" if hasattr(value, "__dict__") else str(value)
-
-    def clean(self, text: str, shortest: int = 0) -> str:
-        """`text` (an error message) with every secret that it repeats masked, quoted or not."""
-        for secret in sorted(set(self.secrets), key=len, reverse=True):
-            if len(secret) >= shortest:
-                for form in (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1]):
-                    text = text.replace(form, _MASK)
-        return text
-
-    def leaks_into(self, result: str) -> bool:
-        """Whether a result, as JSON, repeats a secret: as a whole value, or inside one if long."""
-        import re
-
-        return any(
-            json.dumps(s) in result
-            or (
-                len(s) >= 8
-                and (json.dumps(s)[1:-1] in result or s.encode("utf-8", "replace").hex() in result)
-            )
-            or re.search(rf"(?:^|[:,\[]){re.escape(s)}(?:[,\]}}]|$)", result)
-            for s in self.secrets
-        )
+def _short(tool: str) -> str:
+    name = tool.split("#", 1)[0].rsplit(".", 1)[-1]
+    return name if name != "<lambda>" else tool.rsplit(".", 1)[-1]
 
 
 # ═══ Canonical form ═══════════════════════════════════════════════════════════════════
@@ -569,6 +379,10 @@ def canonical(value: Any) -> str:
     """
     form = _FORMS.get(type(value))
     return form(value) if form is not None else _other_form(value)
+
+
+def _tagged(kind: str, form: str) -> str:
+    return f'{{"${kind}":{form}}}'
 
 
 def _form_str(value: str) -> str:
@@ -619,12 +433,12 @@ def _number(digits: str, exponent: int) -> str:
     return f"{sign}{bare}E{exponent}"
 
 
-def _form_dict(value: Any) -> str:
+def _form_dict(value: Mapping[Any, Any]) -> str:
     if all(type(key) is str for key in value):
         items = sorted((_form_str(f"${k}" if k[:1] == "$" else k), canonical(value[k])) for k in value)
-        return "{" + ",".join(f"{k}:{v}" for k, v in items) + "}"
+        return "{" + ",".join([f"{k}:{v}" for k, v in items]) + "}"
     pairs = sorted((canonical(k), canonical(value[k])) for k in value)
-    return _tagged("map", "[" + ",".join(f"[{k},{v}]" for k, v in pairs) + "]")
+    return _tagged("map", "[" + ",".join([f"[{k},{v}]" for k, v in pairs]) + "]")
 
 
 def _form_list(value: Iterable[Any]) -> str:
@@ -654,22 +468,10 @@ def _form_time(value: Any) -> str:
     return _tagged(type(value).__name__, _quote(value.isoformat()))
 
 
-def _form_timedelta(value: timedelta) -> str:
-    return _tagged("timedelta", str(value // type(value).resolution))
-
-
 def _form_fraction(value: Any) -> str:
     if value.denominator == 1:
         return _form_int(value.numerator)
     return _tagged("fraction", f"[{value.numerator},{value.denominator}]")
-
-
-def _form_complex(value: complex) -> str:
-    return _tagged("complex", f"[{_form_float(value.real)},{_form_float(value.imag)}]")
-
-
-def _tagged(kind: str, form: str) -> str:
-    return f'{{"${kind}":{form}}}'
 
 
 _FORMS: Final[dict[type, Callable[[Any], str]]] = {
@@ -686,8 +488,8 @@ _FORMS: Final[dict[type, Callable[[Any], str]]] = {
     bytes: _form_bytes,
     bytearray: _form_bytes,
     memoryview: _form_bytes,
-    complex: _form_complex,
-    range: _form_list,
+    complex: lambda v: _tagged("complex", f"[{_form_float(v.real)},{_form_float(v.imag)}]"),
+    range: lambda v: _tagged("range", f"[{v.start},{v.stop},{v.step}]") if len(v) > 1000 else _form_list(v),
     deque: _form_list,
 }
 # by name, because a value of such a type exists only where its module was imported already
@@ -696,11 +498,9 @@ _FORMS_BY_NAME: Final[dict[str, Callable[[Any], str]]] = {
     "datetime.datetime": _form_datetime,
     "datetime.date": _form_time,
     "datetime.time": _form_time,
-    "datetime.timedelta": _form_timedelta,
+    "datetime.timedelta": lambda v: _tagged("timedelta", str(v // type(v).resolution)),
     "fractions.Fraction": _form_fraction,
     "uuid.UUID": lambda v: _tagged("uuid", _quote(v.hex)),
-    "numbers.Integral": lambda v: _form_int(int(v)),
-    "numbers.Real": lambda v: _form_float(float(v)),
 }
 
 
@@ -725,13 +525,12 @@ def _other_form(value: Any) -> str:
 
 
 def _abstract_form(value: Any) -> str:
-    """The form of what only behaves like a mapping, a set, a path or a number."""
-    from collections.abc import Set as AbstractSet
+    """The form of what only behaves like a path, a mapping, a set or a number."""
     from numbers import Integral, Real
 
     if hasattr(type(value), "__fspath__"):
         return _tagged("path", canonical(os.fspath(value)))
-    if _is_mapping(value):
+    if isinstance(value, Mapping):
         return _form_dict(value)
     if isinstance(value, AbstractSet):
         return _form_set(value)
@@ -742,12 +541,6 @@ def _abstract_form(value: Any) -> str:
     raise UnstableArgument(f"an object of type {_type_name(type(value))} has no stable form")
 
 
-def _is_mapping(value: Any) -> bool:
-    from collections.abc import Mapping
-
-    return isinstance(value, Mapping)
-
-
 def _fields(value: Any, *, compared: bool = False) -> dict[str, Any] | None:
     """The fields of a dataclass, attrs or pydantic object by name; None for anything else.
 
@@ -755,12 +548,8 @@ def _fields(value: Any, *, compared: bool = False) -> dict[str, Any] | None:
     """
     kind = type(value)
     if hasattr(kind, "__dataclass_fields__"):
-        parts = kind.__dataclass_fields__.values()
-        return {
-            f.name: getattr(value, f.name, None)
-            for f in parts
-            if f._field_type.name == "_FIELD" and (f.compare or not compared)
-        }
+        parts = [f for f in kind.__dataclass_fields__.values() if f._field_type.name == "_FIELD"]
+        return {f.name: getattr(value, f.name, None) for f in parts if f.compare or not compared}
     if hasattr(kind, "__attrs_attrs__"):
         return {a.name: getattr(value, a.name, None) for a in kind.__attrs_attrs__ if a.eq or not compared}
     names = getattr(kind, "__pydantic_fields__", None)
@@ -781,32 +570,156 @@ def _main_name() -> str:
     """What `__main__` is called by those who import it: its spec's name, else the file's stem."""
     main = sys.modules.get("__main__")
     spec = getattr(main, "__spec__", None)
-    if spec is not None and spec.name and spec.name != "__main__":
+    if spec is not None and spec.name != "__main__":
         return str(spec.name).removesuffix(".__main__")
-    path = getattr(main, "__file__", None)
-    if not path:
-        return "__main__"
+    path = getattr(main, "__file__", None) or "__main__"
     stem = os.path.splitext(os.path.basename(path))[0]
-    return str(os.path.basename(os.path.dirname(os.path.abspath(path))) if stem == "__main__" else stem)
+    folder = os.path.basename(os.path.dirname(os.path.abspath(path)))
+    return folder if stem == "__main__" and path != "__main__" else stem
 
 
 def _module_name(module: str | None) -> str:
     return _main_name() if module in ("__main__", "__mp_main__", None) else str(module)
 
 
+# ═══ Secrets ══════════════════════════════════════════════════════════════════════════
+
+_MASK: Final = "****"
+_LONG_TEXT: Final = 10_000
+# json.dumps makes a new encoder for every call that does not take its defaults
+_compact: Final = json.JSONEncoder(separators=(",", ":")).encode
+_SECRET_WORDS: Final = frozenset(
+    """password passwords passwd passphrase pwd secret secrets token authorization credential credentials
+    cvv cvc apikey bearer ssn pin otp jwt api_key api_keys access_key private_key signing_key encryption_key
+    auth_key card_number account_number security_code credit_card pass_word pass_phrase""".split()
+)
+
+
+@functools.lru_cache(4096)
+def _says_secret(name: str) -> bool:
+    """Whether a parameter, key or field of this name holds a secret: `api_key`, not `max_tokens`."""
+    import re
+
+    words = [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)]
+    pairs = [f"{a}_{b}" for a, b in zip(words, words[1:], strict=False)]  # noqa: RUF007 - itertools for one pair
+    return not _SECRET_WORDS.isdisjoint(words + pairs)
+
+
+class _Shown:
+    """Values as they may be stored and shown; `secrets` collects the texts that were masked."""
+
+    def __init__(self, redact: frozenset[str]) -> None:
+        self.redact = redact
+        self.secrets: list[str] = []
+
+    def text(self, bound: dict[str, Any]) -> str:
+        """Arguments as JSON."""
+        try:
+            shown = self._mapping(bound)
+        except RecursionError:  # it counts by key=, or not at all: no reason to refuse it
+            shown = {name: f"<{_type_name(type(value))}>" for name, value in bound.items()}
+        return _compact(self.scrub(shown))
+
+    def _is_secret(self, name: Any) -> bool:
+        return isinstance(name, str) and (name in self.redact or _says_secret(str(name)))
+
+    def _mapping(self, values: Mapping[Any, Any]) -> dict[str, Any]:
+        return {str(k): self._masked(v) if self._is_secret(k) else self.of(v) for k, v in values.items()}
+
+    def of(self, value: Any) -> Any:
+        """A value in JSON's types, what its names call secret masked."""
+        kind = type(value)
+        if kind is str:
+            return value if len(value) <= _LONG_TEXT else f"{value[:_LONG_TEXT]}… ({len(value)} characters)"
+        if kind is bool or kind is int or value is None:
+            return value if kind is not int or value.bit_length() < 10_000 else hex(value)
+        if kind is float:
+            return value if value - value == 0 else str(value)
+        if isinstance(value, Enum):
+            return self.of(value.value)
+        if hasattr(value, "get_secret_value"):
+            return self._masked(value)
+        fields = _named_parts(value)
+        if fields is not None:
+            return self._mapping(fields)
+        if isinstance(value, list | tuple | set | frozenset | deque):
+            return [self._pair(v) if type(v) in (list, tuple) and len(v) == 2 else self.of(v) for v in value]
+        if isinstance(value, str):
+            return self.of(str.__str__(value))
+        if isinstance(value, bytes | bytearray | memoryview):
+            return f"<{len(bytes(value))} bytes>"
+        # what an unknown object says of itself may be a secret, or an address
+        return f"<{_type_name(kind)}>" if hasattr(value, "__dict__") else str(value)
+
+    def _pair(self, pair: Any) -> list[Any]:
+        """`[("Authorization", …)]` is how headers are given too."""
+        name, value = pair
+        return [self.of(name), self._masked(value) if self._is_secret(name) else self.of(value)]
+
+    def _masked(self, value: Any) -> str:
+        """Every text and number below a secret name is a secret itself."""
+        parts = _named_parts(value)
+        if parts is not None or isinstance(value, list | tuple | set | frozenset):
+            for inner in value if parts is None else parts.values():
+                self._masked(inner)
+        elif value is not None and not isinstance(value, bool):
+            if hasattr(value, "get_secret_value"):
+                value = value.get_secret_value()
+            text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+            if len(text) > 2:
+                self.secrets.append(text)
+        return _MASK
+
+    def scrub(self, shown: Any) -> Any:
+        """Shown values without the secrets that they repeat: whole, or inside a text if long."""
+        if not self.secrets or shown is None or isinstance(shown, bool):
+            return shown
+        if isinstance(shown, dict):
+            return {k: self.scrub(v) for k, v in shown.items()}
+        if isinstance(shown, list):
+            return [self.scrub(v) for v in shown]
+        if str(shown) in self.secrets:
+            return _MASK
+        return self.clean(shown, 8) if isinstance(shown, str) else shown
+
+    def clean(self, text: str, shortest: int = 0) -> str:
+        """`text` (an error message) with every secret that it repeats masked, quoted or not."""
+        text = text.encode("utf-8", "backslashreplace").decode()  # half a character cannot be stored
+        for secret in sorted(set(self.secrets), key=len, reverse=True):
+            if len(secret) >= shortest:
+                for form in (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1]):
+                    text = text.replace(form, _MASK)
+        return text
+
+    def leaks_into(self, result: str) -> bool:
+        """Whether a result, as JSON, repeats a secret: as a whole value, or inside one if long."""
+        return any(self._leaks(secret, result) for secret in self.secrets)
+
+    def _leaks(self, secret: str, result: str) -> bool:
+        import re
+
+        quoted = json.dumps(secret)
+        if quoted in result or re.search(rf"(?:^|[:,\[]){re.escape(secret)}(?:[,\]}}]|$)", result):
+            return True
+        inside = (quoted[1:-1], secret.encode("utf-8", "replace").hex())
+        return len(secret) >= 8 and any(form in result for form in inside)
+
+
+def _named_parts(value: Any) -> Mapping[Any, Any] | None:
+    """What a mapping, a named tuple or an object with fields holds, by name."""
+    if isinstance(value, Mapping):
+        return value
+    return value._asdict() if isinstance(value, tuple) and hasattr(value, "_asdict") else _fields(value)
+
+
 # ═══ Results: stored as JSON, given back as they were ═════════════════════════════════
 
-
-class _Unstorable(Exception):
-    pass
+_result_json: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 def _store_form(value: Any) -> str:
-    """A result as JSON text that `_restore` turns back; raises `_Unstorable`."""
-    try:
-        return _compact_finite(_pack(value))
-    except Exception as error:  # also what a lazy attribute raises: the tool has run, its end counts
-        raise _Unstorable(f"{type(value).__name__} ({error})") from error
+    """A result as JSON text that `_restore` turns back; raises whatever says that it cannot."""
+    return _result_json(_pack(value))
 
 
 def _pack(value: Any) -> Any:
@@ -831,7 +744,7 @@ def _pack(value: Any) -> Any:
     for base in bases:
         if isinstance(value, cast("type", base)):  # a subclass without a form comes back as its base
             return _pack(base(value))
-    raise _Unstorable(f"no stored form for {_type_name(kind)}")
+    raise TypeError(f"no stored form for {_type_name(kind)}")
 
 
 def _pack_special(value: Any, kind: type) -> dict[str, Any] | None:
@@ -854,13 +767,12 @@ def _pack_special(value: Any, kind: type) -> dict[str, Any] | None:
     if hasattr(kind, "__fspath__") and kind.__module__.startswith("pathlib"):
         return {"$": "path", "v": str(value)}
     if hasattr(kind, "get_secret_value"):
-        raise _Unstorable("it holds a secret")
+        raise TypeError("it holds a secret")
     fields = _fields(value)
     if fields is not None:
         how = "model" if hasattr(kind, "__pydantic_fields__") else "data"
-        packed = {n: _pack(v) for n, v in fields.items()}
         given = sorted(getattr(value, "__pydantic_fields_set__", ()))
-        return {"$": how, "t": _type_name(kind), "v": packed, "s": given}
+        return {"$": how, "t": _type_name(kind), "v": {n: _pack(v) for n, v in fields.items()}, "s": given}
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
         return {"$": "named", "t": _type_name(kind), "v": [_pack(v) for v in value]}
     return None
@@ -868,9 +780,7 @@ def _pack_special(value: Any, kind: type) -> dict[str, Any] | None:
 
 def _restore(text: str, known: Sequence[type] = ()) -> Any:
     """The value that `_store_form` was given; `known` are classes that the tool's annotation names."""
-    if '"$"' not in text:
-        return json.loads(text)
-    return json.loads(text, object_hook=functools.partial(_unpack, known))
+    return json.loads(text, object_hook=functools.partial(_unpack, known) if '"$"' in text else None)
 
 
 def _unpack(known: Sequence[type], packed: dict[str, Any]) -> Any:
@@ -882,11 +792,11 @@ def _unpack(known: Sequence[type], packed: dict[str, Any]) -> Any:
         return _UNPACK[kind](value)
     if kind.startswith("datetime."):
         return _unpack_time(kind, packed)
-    made = _class_named(packed["t"], known)
     plain = packed["w"] if kind == "enum" else tuple(value) if kind == "named" else value
     try:
+        made = _class_named(packed["t"], known)
         return plain if made is None else _rebuild(kind, made, packed)
-    except Exception:  # its class is not loaded here or was changed: plain values are better than nothing
+    except Exception:  # its class was changed: plain values are better than nothing
         return plain
 
 
@@ -950,71 +860,63 @@ def _class_named(name: str, known: Sequence[type]) -> Any:
             return kind
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
-        module_name = ".".join(parts[:cut])
-        module = sys.modules.get("__main__" if module_name == _main_name() else module_name)
-        found: Any = module
+        module = ".".join(parts[:cut])
+        found: Any = sys.modules.get("__main__" if module == _main_name() else module)
         for part in parts[cut:]:
             found = getattr(found, part, None)
-        if isinstance(found, type) and module is not None:
+        if isinstance(found, type):
             return found
     return None
 
 
-def _plain(result_json: str) -> str:
-    """A stored result as short text for people and models, without the type marks."""
-    value = json.loads(result_json, object_hook=lambda d: d["v"] if "$" in d else d)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 # ═══ Identity of a tool ═══════════════════════════════════════════════════════════════
 
-_GENERATORS: Final = 0x20 | 0x200  # CO_GENERATOR, CO_ASYNC_GENERATOR
 _COROUTINE: Final = 0x80 | 0x100  # CO_COROUTINE, CO_ITERABLE_COROUTINE
+_GENERATOR, _ASYNC_GENERATOR = 0x20, 0x200
+
+
+_importing: Final = threading.Lock()
+
+
+def _load() -> None:
+    """Import what first calls need, under a lock that a fork waits for.
+
+    A child waits for ever for a module whose import another thread of its parent had begun.
+    """
+    with _importing:
+        import dis  # noqa: F401 - loaded, not used
 
 
 class _Tool:
     """What is known of a function without calling it: its name, its parameters, its kind."""
 
     __slots__ = (
-        "__weakref__",
-        "by_name",
-        "defaults",
-        "fast",
-        "function",
-        "generation",
-        "is_async",
-        "known_types",
-        "name",
-        "options",
-        "ordered",
-        "own_name",
-        "parameters",
-        "policy",
-        "positional",
-        "receiver",
-        "rest",
+        "__weakref__", "by_name", "defaults", "fast", "function", "generation", "is_async", "known_types",
+        "name", "options", "ordered", "own_name", "parameters", "policy", "positional", "receiver", "rest",
         "takes_key",
-    )
+    )  # fmt: skip
 
     def __init__(self, function: Callable[..., Any], name: str, *, receiver: bool) -> None:
+        _load()
         self.function = function
         self.own_name = self.name = name
-        self.receiver = receiver
+        #: the parameter that is the object of a method, or ""
+        self.receiver = ""
         self.is_async = _is_async(function)
         self.options: PolicyOptions = {}
         self.generation = -1
-        self.policy: Policy = Policy()
+        self.policy: Policy
         self.known_types: tuple[type, ...] | None = None
-        self._read_signature()
+        self._read_signature(receiver)
 
-    def _read_signature(self) -> None:
+    def _read_signature(self, receiver: bool) -> None:
         import inspect
 
         try:
             self.parameters = inspect.signature(self.function)
         except (ValueError, TypeError):  # some builtins tell nothing about themselves
             self.parameters = inspect.signature(lambda *args, **kwargs: None)
-        every = self.parameters.parameters.values()
+        every = list(self.parameters.parameters.values())
         simple = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         self.fast = all(p.kind in simple for p in every)
         self.positional = [p.name for p in every if p.kind is simple[0]]
@@ -1022,20 +924,16 @@ class _Tool:
         self.defaults = {p.name: p.default for p in every if p.default is not p.empty}
         self.takes_key = "key" in self.by_name
         self.rest = next((p.name for p in every if p.kind is p.VAR_KEYWORD), None)
-        if any(p.kind is p.VAR_POSITIONAL for p in list(every)[:1]):  # its object is one of *args
-            self.receiver = False
-        identity = [p.name for p in every][1 if self.receiver else 0 :]
-        self.ordered = [(name, _quote(name)) for name in sorted(identity)]
+        if receiver and every and every[0].kind is not inspect.Parameter.VAR_POSITIONAL:
+            self.receiver = every[0].name
+        self.ordered = [(name, _quote(name)) for name in sorted(self.by_name - {self.receiver})]
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name, defaults applied; raises the TypeError that the call would."""
         if self.fast and len(args) <= len(self.positional):
             bound = dict(zip(self.positional, args, strict=False))
             if self.by_name.issuperset(kwargs) and bound.keys().isdisjoint(kwargs):
-                bound.update(kwargs)
-                if len(bound) == len(self.by_name):
-                    return bound
-                bound = {**self.defaults, **bound}
+                bound = {**self.defaults, **bound, **kwargs}
                 if len(bound) == len(self.by_name):
                     return bound
         try:
@@ -1051,22 +949,19 @@ class _Tool:
 
     def form(self, bound: dict[str, Any], ignored: frozenset[str]) -> str:
         """The canonical text of all arguments but the ignored ones."""
-        if ignored and self.rest is not None:
-            rest = {n: v for n, v in bound[self.rest].items() if n not in ignored}
-            bound = {**bound, self.rest: rest}
+        counted = self.ordered
+        if ignored:
+            counted = [(n, quoted) for n, quoted in counted if n not in ignored]
+            if self.rest is not None:
+                rest = {n: v for n, v in bound[self.rest].items() if n not in ignored}
+                bound = {**bound, self.rest: rest}
         try:
-            if not ignored:
-                return "{" + ",".join([f"{q}:{canonical(bound[n])}" for n, q in self.ordered]) + "}"
-            return "{" + ",".join(
-                [f"{q}:{canonical(bound[n])}" for n, q in self.ordered if n not in ignored]
-            ) + "}"  # fmt: skip
+            return "{" + ",".join([f"{quoted}:{canonical(bound[n])}" for n, quoted in counted]) + "}"
         except (UnstableArgument, RecursionError):
-            return "{" + ",".join(
-                [f"{q}:{self._part(n, bound[n])}" for n, q in self.ordered if n not in ignored]
-            ) + "}"  # fmt: skip
+            return "{" + ",".join([f"{quoted}:{self.part(n, bound[n])}" for n, quoted in counted]) + "}"
 
-    def _part(self, name: str, value: Any) -> str:
-        """One argument, with an error that names it."""
+    def part(self, name: str, value: Any) -> str:
+        """The canonical text of one argument, with an error that names it."""
         try:
             return canonical(value)
         except (UnstableArgument, RecursionError) as error:
@@ -1081,23 +976,21 @@ class _Tool:
 
     def restore(self, text: str) -> Any:
         """A recorded result, as the tool returned it."""
-        if '"$"' not in text:
-            return json.loads(text)
-        if self.known_types is None:
+        if '"$"' in text and self.known_types is None:
             self.known_types = tuple(_annotated_types(self.function))
-        return _restore(text, self.known_types)
+        return _restore(text, self.known_types or ())
 
 
 def _is_async(function: Any) -> bool:
     """Whether calling it gives something to await; a plain wrapper around async counts as async."""
+    import inspect
+
     seen: Any = function
     while seen is not None:
         code = getattr(seen, "__code__", None)
         if code is not None and code.co_flags & _COROUTINE:
             return True
         seen = getattr(seen, "__wrapped__", None)
-    import inspect
-
     return inspect.iscoroutinefunction(function)
 
 
@@ -1116,35 +1009,32 @@ def _annotated_types(function: Any) -> Iterator[type]:
         todo.extend(typing.get_args(hint))
 
 
-def _resolve_callable(fn: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any], str, bool]:
+def _take_apart(fn: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any], str, bool]:
     """A callable as (function, leading arguments, keyword arguments, name, takes a receiver)."""
-    if isinstance(fn, functools.partial):
-        function, first, named, name, receiver = _resolve_callable(fn.func)
-        return function, first + fn.args, {**named, **fn.keywords}, name, receiver
-    if isinstance(fn, staticmethod):
-        fn = fn.__func__
+    first: tuple[Any, ...] = ()
+    named: dict[str, Any] = {}
+    while isinstance(fn, functools.partial):
+        first, named, fn = fn.args + first, {**fn.keywords, **named}, fn.func
+    fn = fn.__func__ if isinstance(fn, staticmethod) else fn
     owner = getattr(fn, "__self__", None)
-    inner = getattr(fn, "__func__", None)
-    if owner is not None and inner is not None:
-        return inner, (owner,), {}, _function_name(inner, owner), True
+    if owner is not None and hasattr(fn, "__func__"):
+        return fn.__func__, (owner, *first), named, _function_name(fn.__func__, owner), True
     if hasattr(fn, "__code__"):
-        return fn, (), {}, _function_name(fn), _first_is_receiver(fn)
+        return fn, first, named, _function_name(fn), _first_is_receiver(fn)
     if isinstance(fn, type) or hasattr(fn, "__name__"):
         module = getattr(fn, "__module__", None) or getattr(owner, "__name__", "builtins")
-        return fn, (), {}, f"{_module_name(module)}.{getattr(fn, '__qualname__', fn)}", False
+        return fn, first, named, f"{_module_name(module)}.{getattr(fn, '__qualname__', fn)}", False
     name = _type_name(type(fn))
     if "<locals>" in name:
         name += "#" + _code_digest(type(fn).__call__)
-    return type(fn).__call__, (fn,), {}, name, True
+    return type(fn).__call__, (fn, *first), named, name, True
 
 
 def _first_is_receiver(function: Any) -> bool:
     """Whether a plain function is a method taken from its class: its first argument is the object."""
     parent = function.__qualname__.rpartition(".")[0]
-    if not parent or parent.endswith("<locals>"):
-        return False
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return bool(names) and names[0] in ("self", "cls")
+    return bool(parent) and not parent.endswith("<locals>") and names[:1] in (("self",), ("cls",))
 
 
 def _function_name(function: Any, owner: Any = None) -> str:
@@ -1199,10 +1089,18 @@ def _rebound_names(code: CodeType) -> set[str]:
     import dis
 
     names = {str(i.argval) for i in dis.get_instructions(code) if i.opname == "STORE_DEREF"}
-    for inner in code.co_consts:
-        if hasattr(inner, "co_code"):
-            names |= _rebound_names(inner)
-    return names
+    return names.union(*(_rebound_names(c) for c in code.co_consts if hasattr(c, "co_code")))
+
+
+_TOOL_MARKS: Final = (
+    "args_schema",
+    "tool_spec",
+    "inputs",
+    "func",
+    "fn",
+    "params_json_schema",
+    "input_schema",
+)
 
 
 def _refuse_uncallable(fn: Any, where: str) -> None:
@@ -1212,10 +1110,9 @@ def _refuse_uncallable(fn: Any, where: str) -> None:
             f"{where}: {type(fn).__name__} object {_brief(fn)} is not callable; pass the function "
             "itself and build the framework's tool object from the guarded function"
         )
-    marks = ("args_schema", "tool_spec", "inputs", "func", "fn", "params_json_schema", "input_schema")
     plain = hasattr(fn, "__code__") or isinstance(fn, type | functools.partial)
     described = all(isinstance(getattr(fn, n, None), str) for n in ("name", "description"))
-    if not plain and described and any(hasattr(fn, m) for m in marks):
+    if not plain and described and any(hasattr(fn, mark) for mark in _TOOL_MARKS):
         raise UsageError(
             f"{where}: {_brief(fn)} is a tool object of {type(fn).__module__.partition('.')[0]}; "
             "guard the function first, then build the tool from what guard.once or "
@@ -1227,8 +1124,8 @@ def _refuse_uncallable(fn: Any, where: str) -> None:
     code = getattr(inner, "__code__", None)
     if code is None:
         return
-    if code.co_flags & _GENERATORS:
-        kind = "an async generator" if code.co_flags & 0x200 else "a generator"
+    if code.co_flags & (_GENERATOR | _ASYNC_GENERATOR):
+        kind = "an async generator" if code.co_flags & _ASYNC_GENERATOR else "a generator"
         raise UsageError(
             f"{where}: {_brief(fn)} is {kind}: its effects happen while somebody iterates, so a "
             "guard cannot know when it is done; guard the function that consumes it"
@@ -1273,7 +1170,7 @@ class _Process(NamedTuple):
     start: str
 
 
-def _read(path: str) -> str:
+def _read_file(path: str) -> str:
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read().strip()
@@ -1290,7 +1187,7 @@ def _inode(path: str) -> str:
 
 def _stat_fields(pid: int) -> list[str]:
     """/proc/PID/stat after the command's name: state first, start time at 19."""
-    return _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return _read_file(f"/proc/{pid}/stat").rpartition(")")[2].split()
 
 
 _identities: dict[int, _Process] = {}
@@ -1305,13 +1202,13 @@ def _me() -> _Process:
 def _identify(pid: int) -> _Process:
     import socket
 
-    boot = _read("/proc/sys/kernel/random/boot_id")
+    boot = _read_file("/proc/sys/kernel/random/boot_id")
     try:  # inside a foreign /proc everything read there is about somebody else
         ours = os.readlink("/proc/self") == str(pid)
     except OSError:
         ours = False
     fields = _stat_fields(pid) if ours else []
-    known = bool(boot and ours and len(fields) > 19)
+    known = bool(boot and len(fields) > 19)
     return _Process(
         id=os.urandom(6).hex(),
         host=socket.gethostname(),
@@ -1338,29 +1235,35 @@ def _is_dead(owner: _Process) -> bool:
         return False
     if fields[19] != owner.start:
         return True
-    if fields[0] not in "ZX":
-        return False
     try:  # a zombie whose other threads still run can still do its effect
-        return os.listdir(f"/proc/{owner.pid}/task") == [str(owner.pid)]
+        return fields[0] in "ZX" and os.listdir(f"/proc/{owner.pid}/task") == [str(owner.pid)]
     except OSError:
         return False
 
 
+def new_token() -> str:
+    """An owner token: random for each claim, and telling which process made it."""
+    return f"{_me().id}.{os.urandom(6).hex()}"
+
+
 # ═══ The protocol: what a transition makes of the rows of a call ══════════════════════
 #
-# Each operation is a pure function from the rows of one call, as they are inside the
-# transaction that writes, to the rows that it changes.  Every store runs these: SQLite in
-# BEGIN IMMEDIATE, memory under a lock, a six-method store by compare-and-append.
+# Each operation is data, and a pure function from the rows of one call, as they are inside
+# the transaction that writes, to the rows that it changes.  Every store runs these: SQLite
+# in BEGIN IMMEDIATE, a six-method store by compare-and-append.
 
 
-class _Now(NamedTuple):
+class Now(NamedTuple):
+    """The clocks of the store, and whether a RUNNING row's owner is over (lapsed or proved dead)."""
+
     wall: int
     mono: int
-    #: whether a RUNNING row's owner is over: its lease lapsed, or its process proved dead
     over: Callable[[Run], bool]
 
 
-class _Verdict(NamedTuple):
+class Verdict(NamedTuple):
+    """What an operation came to, and the row that it is about."""
+
     kind: str
     row: Run | None = None
     #: the row that a claim closed as in doubt to take over
@@ -1369,122 +1272,107 @@ class _Verdict(NamedTuple):
     anchor: int = 1
 
 
-class _Change:
+class Change:
     """What an operation does to the rows: guarded updates, at most one insert, notes for the log."""
 
-    __slots__ = ("insert", "notes", "updates", "verdict")
+    __slots__ = ("forget", "insert", "notes", "updates", "verdict")
 
-    def __init__(self, verdict: _Verdict) -> None:
-        self.verdict = verdict
+    def __init__(self, kind: str, row: Run | None = None) -> None:
+        self.verdict = Verdict(kind, row)
         self.updates: list[tuple[Run, Run]] = []
         self.insert: Run | None = None
-        #: (kind, run, n, detail); n counts towards the totals
-        self.notes: list[tuple[str, int, int, str]] = []
+        self.forget = False
+        #: (kind, row, n, detail) of each event; n counts towards the totals
+        self.notes: list[tuple[str, Run, int, str | None]] = []
 
     def move(self, row: Run, status: str | None = None, **values: Any) -> Run:
         """Change a row; the one door through which a status changes."""
-        if status is not None and status != row.status:
+        if status is not None:
             if status not in _NEXT[row.status]:
                 raise LedgerError(f"run {row.run} of {row.call} cannot go from {row.status} to {status}")
             values["status"] = status
         new = row._replace(**values)
         self.updates.append((row, new))
+        if row.status == "running" != new.status:
+            self.notes.append((new.status, new, 1, new.error))
         return new
 
 
-class Op:
-    """One operation on one call. `apply` never looks at anything but what it is given."""
-
-    __slots__ = ("call", "token")
+class Claim(NamedTuple):
+    """Insert the next run if the policy allows one; else say why not."""
 
     call: str
     token: str
-
-    def apply(self, rows: list[Run], now: _Now) -> _Change:
-        """What this operation makes of all rows of its call, oldest first."""
-        raise AssertionError("every operation overrides apply")
-
-
-class _Claim(Op):
-    """Insert the next run if the policy allows one; else say why not."""
-
-    __slots__ = (
-        "args", "caller", "forced", "key", "lease", "matched", "max", "not_done",
-        "on_doubt", "tool", "ttl", "wf",
-    )  # fmt: skip
-
     tool: str
     wf: str
     caller: str
     key: str | None
-    args: str | None
     matched: str | None
     max: int
     ttl: int | None
     lease: int
     on_doubt: Literal["rerun", "block", "reconcile"]
     forced: bool
+    args: str | None = None
     #: run and owner of the doubt that reconcile answered with NOT_DONE
-    not_done: tuple[int, str] | None
-
-    def horizon(self, wall: int) -> int:
-        """Successes that ended before this do not count any more."""
-        return -1 if self.ttl is None else wall - self.ttl
-
-    def judge(self, rows: list[Run], now: _Now) -> _Verdict:
-        """Whether a run may start, from all rows of the call, and what the caller gets if not."""
-        mine = next((r for r in rows if r.owner == self.token), None)
-        if mine is not None:  # the reply to my claim was lost
-            return _Verdict("granted" if mine.status == "running" else "lost", mine, None, _anchor(rows[:-1]))
-        latest = rows[-1] if rows else None
-        if latest is not None and latest.status == "running" and not now.over(latest):
-            return _Verdict("live", latest)
-        if not self.forced and latest is not None:
-            horizon = self.horizon(now.wall)
-            counted = [r for r in rows if r.succeeded_since(horizon)]
-            if len(counted) >= self.max:
-                return _Verdict("done", counted[-1])
-            doubtful = latest.status in ("running", "doubt") and not latest.released
-            answered = self.not_done == (latest.run, latest.owner)
-            if doubtful and self.on_doubt != "rerun" and not answered:
-                return _Verdict("reconcile" if self.on_doubt == "reconcile" else "doubt", latest)
-        return _Verdict("run", latest, None, _anchor(rows))
-
-    def apply(self, rows: list[Run], now: _Now) -> _Change:
-        verdict = self.judge(rows, now)
-        change = _Change(verdict)
-        if verdict.kind == "granted" and verdict.row is not None:
-            change.move(verdict.row, lease=now.wall + self.lease, mono=now.mono + self.lease)
-        if verdict.kind != "run":
-            return change
-        latest = verdict.row
-        closed = self._close(latest, change, now) if latest is not None else None
-        change.insert = self.first_row(now.wall, now.mono)._replace(run=latest.run + 1 if latest else 1)
-        change.verdict = _Verdict("granted", change.insert, closed, verdict.anchor)
-        return change
-
-    def _close(self, latest: Run, change: _Change, now: _Now) -> Run | None:
-        """Takeover: close what is still open, and answer or pass over a doubt."""
-        answered = not latest.released and self.not_done == (latest.run, latest.owner)
-        released = 1 if self.forced else latest.released
-        if latest.status == "running":
-            status = "failed" if answered else "doubt"
-            closed = change.move(latest, status, ended=now.wall, closed_by=self.token, released=released)
-            return closed if status == "doubt" else None
-        if latest.status == "doubt" and answered:
-            change.move(latest, "failed", ended=now.wall, closed_by=self.token)
-            change.notes.append(("resolved", latest.run, 0, "reconcile: not done"))
-        elif latest.status == "doubt" and self.forced:
-            change.move(latest, released=1)
-        return None
+    not_done: tuple[int, str] | None = None
 
     def first_row(self, wall: int, mono: int) -> Run:
         """The row of run 1."""
         return Run(
-            self.call, 1, self.tool, self.wf, self.caller, self.token, self.key, self.args,
-            self.matched, "running", None, None, None, wall, None, wall + self.lease,
-            mono + self.lease, None, 0, int(self.forced), None, None, 0,
+            self.call, 1, self.tool, self.wf, self.caller, self.token, self.key, self.args, self.matched,
+            wall, wall + self.lease, mono + self.lease, forced=int(self.forced),
         )  # fmt: skip
+
+    def judge(self, rows: Sequence[Run], now: Now) -> Verdict:
+        """Whether a run may start, from all rows of the call, and what the caller gets if not."""
+        mine = next((r for r in rows if r.owner == self.token), None)
+        if mine is not None:  # the reply to my claim was lost
+            kind = "granted" if mine.status == "running" else "lost"
+            return Verdict(kind, mine, None, _anchor(rows[:-1]))
+        latest = rows[-1] if rows else None
+        if latest is not None and latest.status == "running" and not now.over(latest):
+            return Verdict("live", latest)
+        if not self.forced and latest is not None:
+            horizon = -1 if self.ttl is None else now.wall - self.ttl
+            counted = [r for r in rows if r.succeeded_since(horizon)]
+            if len(counted) >= self.max:
+                return Verdict("done", counted[-1])
+            doubtful = latest.status in ("running", "doubt") and not latest.released
+            if doubtful and self.on_doubt != "rerun" and self.not_done != (latest.run, latest.owner):
+                return Verdict("reconcile" if self.on_doubt == "reconcile" else "doubt", latest)
+        return Verdict("run", latest, None, _anchor(rows))
+
+    def apply(self, rows: Sequence[Run], now: Now) -> Change:
+        """Judge; if a run may start, close what is still open and insert the next one."""
+        verdict = self.judge(rows, now)
+        change = Change(verdict.kind, verdict.row)
+        if verdict.kind == "granted" and verdict.row is not None:
+            change.move(verdict.row, lease=now.wall + self.lease, mono=now.mono + self.lease)
+            change.verdict = verdict
+        elif verdict.kind == "run":
+            latest = verdict.row
+            closed = None if latest is None else self._close(latest, change, now)
+            change.insert = self.first_row(now.wall, now.mono)._replace(run=latest.run + 1 if latest else 1)
+            change.notes.append(("claimed", change.insert, 1, None))
+            change.verdict = Verdict("granted", change.insert, closed, verdict.anchor)
+        return change
+
+    def _close(self, latest: Run, change: Change, now: Now) -> Run | None:
+        """Takeover: close what is still open, and answer or pass over a doubt."""
+        answered = not latest.released and self.not_done == (latest.run, latest.owner)
+        over = {"ended": now.wall, "closed_by": self.token}
+        if latest.status == "running":
+            if answered:
+                change.move(latest, "failed", **over)
+                return None
+            return change.move(latest, "doubt", **over, released=int(self.forced or latest.released))
+        if latest.status == "doubt" and answered:
+            new = change.move(latest, "failed", **over)
+            change.notes.append(("resolved", new, 0, "reconcile: not done"))
+        elif latest.status == "doubt" and self.forced:
+            change.move(latest, released=1)
+        return None
 
 
 def _anchor(rows: Sequence[Run]) -> int:
@@ -1492,65 +1380,85 @@ def _anchor(rows: Sequence[Run]) -> int:
     return max((r.run for r in rows if "success" in (r.status, r.late)), default=0) + 1
 
 
-class _Settle(Op):
+class Settle(NamedTuple):
     """The owner's word on how its run ended; late if the run was given up meanwhile."""
 
-    __slots__ = ("error", "result", "run", "status", "trace")
-
+    claim: Claim
     run: int
     status: str
-    result: str | None
-    error: str | None
-    trace: str | None
+    result: str | None = None
+    error: str | None = None
+    trace: str | None = None
 
-    def apply(self, rows: list[Run], now: _Now) -> _Change:
-        row = next((r for r in rows if r.owner == self.token), None)
+    @property
+    def call(self) -> str:
+        """The call that the run is of."""
+        return self.claim.call
+
+    def apply(self, rows: Sequence[Run], now: Now) -> Change:
+        """Close the run if it is still open and mine."""
+        token = self.claim.token
+        row = next((r for r in rows if r.owner == token), None)
         if row is None:
-            return _Change(_Verdict("gone"))
-        if row.status == "running":
-            change = _Change(_Verdict("settled", row))
-            change.move(
-                row, self.status, ended=now.wall, closed_by=self.token,
-                result=self.result, error=self.error, trace=self.trace,
-            )  # fmt: skip
-            return change
-        if row.closed_by == self.token:  # the reply to my own settle was lost
-            return _Change(_Verdict("settled", row))
-        return self._late(row, now)
+            return Change("gone")
+        if row.closed_by == token:  # the reply to my own settle was lost
+            return Change("settled", row)
+        if row.status != "running":
+            return self._late(row, now)
+        change = Change("settled", row)
+        ending = {"result": self.result, "error": self.error, "trace": self.trace}
+        change.move(row, self.status, ended=now.wall, closed_by=token, **ending)
+        return change
 
-    def _late(self, row: Run, now: _Now) -> _Change:
-        change = _Change(_Verdict("late", row))
-        takes = ("success", "failed") if row.status == "doubt" else ("success",)
-        if row.late is None and row.status in ("doubt", "failed") and self.status in takes:
+    def _late(self, row: Run, now: Now) -> Change:
+        change = Change("late", row)
+        takes = {"doubt": ("success", "failed"), "failed": ("success",)}.get(row.status, ())
+        if row.late is None and self.status in takes:
             won = self.status == "success"
             result = self.result if won and row.result is None else row.result
-            change.move(row, late=self.status, late_at=now.wall, result=result, error=row.error or self.error)
-            change.notes.append(("late", row.run, int(won), self.status))
+            new = change.move(
+                row, late=self.status, late_at=now.wall, result=result, error=row.error or self.error
+            )
+            change.notes.append(("late", new, int(won), self.status))
         return change
 
 
-class _Renew(Op):
+class Renew(NamedTuple):
     """The owner is alive: its lease starts anew."""
 
-    __slots__ = ("lease", "run")
-
+    claim: Claim
     run: int
-    lease: int
 
-    def apply(self, rows: list[Run], now: _Now) -> _Change:
-        row = next((r for r in rows if r.run == self.run and r.owner == self.token), None)
+    @property
+    def call(self) -> str:
+        """The call that the run is of."""
+        return self.claim.call
+
+    def apply(self, rows: Sequence[Run], now: Now) -> Change:
+        """Move the lease if the run is still open and mine."""
+        row = next((r for r in rows if r.run == self.run and r.owner == self.claim.token), None)
         if row is None or row.status != "running":
-            return _Change(_Verdict("lost", row))
-        change = _Change(_Verdict("renewed", row))
-        change.move(row, lease=now.wall + self.lease, mono=now.mono + self.lease)
+            return Change("lost", row)
+        change = Change("renewed", row)
+        change.move(row, lease=now.wall + self.claim.lease, mono=now.mono + self.claim.lease)
         return change
 
 
-class _Release(Op):
+def _seen(rows: Sequence[Run], run: int, owner: str, now: Now) -> Change | Run:
+    """The latest run if it is the one that the caller saw and it is not alive; else the refusal."""
+    if not rows:
+        return Change("nothing")
+    latest = rows[-1]
+    if (latest.run, latest.owner) != (run, owner):
+        return Change("used", latest)
+    return Change("live", latest) if latest.status == "running" and not now.over(latest) else latest
+
+
+class Release(NamedTuple):
     """`retry`: the next call runs, although this one succeeded or is in doubt."""
 
-    __slots__ = ("max", "owner", "run", "ttl", "why")
-
+    call: str
+    token: str
     #: the run that the caller saw; a later one means that the release was used
     run: int
     owner: str
@@ -1558,36 +1466,29 @@ class _Release(Op):
     ttl: int | None
     why: str
 
-    def apply(self, rows: list[Run], now: _Now) -> _Change:
-        latest = rows[-1] if rows else None
-        if latest is None:
-            return _Change(_Verdict("nothing"))
-        if (latest.run, latest.owner) != (self.run, self.owner):
-            return _Change(_Verdict("used", latest))
-        if latest.status == "running" and not now.over(latest):
-            return _Change(_Verdict("live", latest))
-        change = _Change(_Verdict("released", latest))
+    def apply(self, rows: Sequence[Run], now: Now) -> Change:
+        """Release the latest run, and what else would still block."""
+        latest = _seen(rows, self.run, self.owner, now)
+        if isinstance(latest, Change):
+            return latest
+        change = Change("released", latest)
         if latest.status == "running":
             change.move(latest, "doubt", ended=now.wall, closed_by=self.token, released=1)
         else:
             change.move(latest, released=1)
-        self._free(rows[:-1], now, change)
-        change.notes.append(("released", latest.run, 0, self.why))
+        # after a forced run that failed, the success before it still blocks
+        horizon = -1 if self.ttl is None else now.wall - self.ttl
+        for row in [r for r in rows[:-1] if r.succeeded_since(horizon)][self.max - 1 :]:
+            change.move(row, released=1)
+        change.notes.append(("released", latest, 0, self.why))
         return change
 
-    def _free(self, earlier: list[Run], now: _Now, change: _Change) -> None:
-        """After a forced run that failed, the success before it still blocks: release that too."""
-        horizon = -1 if self.ttl is None else now.wall - self.ttl
-        counted = [r for r in earlier if r.succeeded_since(horizon)]
-        for row in counted[self.max - 1 :]:
-            change.move(row, released=1)
 
-
-class _Resolve(Op):
+class Resolve(NamedTuple):
     """Somebody, or a reconcile function, knows how the doubt ended."""
 
-    __slots__ = ("done", "owner", "reconciled", "result", "run", "why")
-
+    call: str
+    token: str
     run: int
     owner: str
     done: bool
@@ -1596,53 +1497,53 @@ class _Resolve(Op):
     reconciled: bool
     why: str
 
-    def apply(self, rows: list[Run], now: _Now) -> _Change:
-        latest = rows[-1] if rows else None
-        if latest is None or (latest.run, latest.owner) != (self.run, self.owner):
-            return _Change(_Verdict("used" if latest else "nothing", latest))
-        if latest.status == "running" and not now.over(latest):
-            return _Change(_Verdict("live", latest))
+    def apply(self, rows: Sequence[Run], now: Now) -> Change:
+        """Close the doubt if it is still the latest run and nobody released or resolved it."""
+        latest = _seen(rows, self.run, self.owner, now)
+        if isinstance(latest, Change):
+            return latest
         if latest.status not in ("running", "doubt") or (self.reconciled and latest.released):
-            return _Change(_Verdict("settled", latest))
-        change = _Change(_Verdict("resolved", latest))
-        change.move(
-            latest, "success" if self.done else "failed", ended=now.wall, closed_by=self.token,
-            released=0, result=self.result if self.done else latest.result,
+            return Change("settled", latest)
+        change = Change("resolved", latest)
+        result = self.result if self.done else latest.result
+        new = change.move(
+            latest, "success" if self.done else "failed", ended=now.wall, closed_by=self.token, released=0,
+            result=result,
         )  # fmt: skip
         counts = self.done and latest.status == "doubt" and latest.late != "success"
-        change.notes.append(("resolved", latest.run, int(counts), self.why))
+        change.notes.append(("resolved", new, int(counts), self.why))
         return change
 
 
-class _Reset(Op):
+class Reset(NamedTuple):
     """Forget a call. `asked` spares a run that started after the reset was asked for."""
 
-    __slots__ = ("asked",)
-
+    call: str
+    token: str
     asked: int
 
-    def apply(self, rows: list[Run], now: _Now) -> _Change:
+    def apply(self, rows: Sequence[Run], now: Now) -> Change:
+        """Drop all rows unless one is alive or too young."""
         if not rows:
-            return _Change(_Verdict("nothing"))
-        if rows[-1].status == "running" and not now.over(rows[-1]):
-            return _Change(_Verdict("live", rows[-1]))
-        if rows[-1].started > self.asked:
-            return _Change(_Verdict("used", rows[-1]))
-        return _Change(_Verdict("reset", rows[-1]))
+            return Change("nothing")
+        latest = rows[-1]
+        if latest.status == "running" and not now.over(latest):
+            return Change("live", latest)
+        if latest.started > self.asked:
+            return Change("used", latest)
+        change = Change("reset", latest)
+        change.forget = True
+        change.notes.append(("reset", latest, 0, None))
+        return change
 
 
-def _make(kind: type[T], **values: Any) -> T:
-    """An operation with its fields set."""
-    op = kind()
-    for name, value in values.items():
-        setattr(op, name, value)
-    return op
+Op = Claim | Settle | Renew | Release | Resolve | Reset
 
 
 # ═══ Stores: the contract ═════════════════════════════════════════════════════════════
 
-_MICROS: Final = 1_000_000
-_KINDS_RAN: Final = ("ran", "raised")  # attempts of an unlimited tool
+_TOTALS: Final = ("actions", "attempts", "executed", "blocked", "failed", "in_doubt", "suspended", "running")
+Totals = dict[str, dict[str, int]]
 
 
 class Store:
@@ -1658,65 +1559,69 @@ class Store:
     A store that can do a transition in one atomic step overrides `transact`.
     """
 
-    def __init__(self, *, clock: Clock | None = None) -> None:
-        self.clock = clock or Clock()
-        self._newest_seen: dict[str, tuple[int, Record]] = {}
-        self._counters: dict[str, Record] = {}
+    clock: Clock
+    _keeper: _Keeper | None
+    _newest_seen: dict[str, tuple[int, Record]]
+    _counters: dict[str, Record]
+    _counter_lock: threading.Lock
+
+    def __new__(cls, *_args: object, **_options: object) -> Self:
+        """Set what the base needs, so that a store's own `__init__` may forget about it."""
+        self = super().__new__(cls)
+        self.clock = Clock()
+        self._keeper = None
+        self._newest_seen, self._counters = {}, {}
         self._counter_lock = threading.Lock()
-        self._keeper: _Keeper | None = None
-        self._waiters: dict[str, list[Callable[[], object]]] = {}
-        self._waiters_lock = threading.Lock()
+        return self
+
+    def __init__(self, *, clock: Clock | None = None) -> None:
+        self.clock = clock or self.clock
 
     # -- the six methods --
 
     def get(self, id: str) -> Record | None:
         """The record of that id, or None."""
-        raise AssertionError("a store needs get(id)")
+        raise NotImplementedError(f"{type(self).__name__} needs get(id)")
 
     def claim(self, record: Record) -> bool:
         """Insert the record if its id is absent, atomically; False when it is there already."""
-        raise AssertionError("a store needs claim(record)")
+        raise NotImplementedError(f"{type(self).__name__} needs claim(record)")
 
     def put(self, record: Record) -> None:
         """Write the record, whatever is there."""
-        raise AssertionError("a store needs put(record)")
+        raise NotImplementedError(f"{type(self).__name__} needs put(record)")
 
     def delete(self, id: str) -> None:
         """Remove the record of that id."""
-        raise AssertionError("a store needs delete(id)")
+        raise NotImplementedError(f"{type(self).__name__} needs delete(id)")
 
     def all(self, wf: str | None = None) -> Iterable[Record]:
         """Every record, or those of one workflow."""
-        raise AssertionError("a store needs all(wf=None)")
+        raise NotImplementedError(f"{type(self).__name__} needs all(wf=None)")
 
     def clear(self, wf: str | None = None) -> None:
         """Remove every record, or those of one workflow."""
-        raise AssertionError("a store needs clear(wf=None)")
+        raise NotImplementedError(f"{type(self).__name__} needs clear(wf=None)")
 
     # -- what is built on them --
 
-    def transact(self, op: Op) -> _Verdict:
+    def transact(self, op: Op) -> Verdict:
         """Apply one operation atomically; repeating it after an error is safe."""
         for _ in range(1000):
             position, newest = self._newest(op.call)
             rows = _rows_from(newest)
             change = op.apply(rows, self._now())
-            reset = isinstance(op, _Reset) and change.verdict.kind == "reset"
-            if not (change.updates or change.insert or reset):
+            if not (change.updates or change.insert or change.forget):
                 return change.verdict
-            version = self._version(op, position + 1, [] if reset else _applied(rows, change), newest)
+            version = self._version(op.call, position + 1, _applied(rows, change), newest)
             if self.claim(version) or self._is_mine(version):
                 self._newest_seen[op.call] = (position + 1, version)
                 return change.verdict
         raise StoreError(f"call {op.call}: a thousand other writers came first; is claim() atomic?")
 
-    def _now(self) -> _Now:
+    def _now(self) -> Now:
         wall = self.clock.wall()
-        return _Now(wall, self.clock.mono(), lambda run: run.lease <= wall)
-
-    def now_for(self, rows: Sequence[Run]) -> _Now:
-        """The clocks, and whether a RUNNING row's owner is over, for a decision on rows just read."""
-        return self._now()
+        return Now(wall, self.clock.mono(), lambda run: run.lease <= wall)
 
     def _is_mine(self, version: Record) -> bool:
         found = self.get(version.id)
@@ -1726,13 +1631,9 @@ class Store:
         """Position and record of the newest version: gallop from the last one seen, then bisect."""
         low, found = self._newest_seen.get(call, (0, None))
         step = 1
-        high = 0
-        while True:
-            record = self.get(_version_id(call, low + step))
-            if record is None:
-                high = low + step
-                break
+        while record := self.get(_version_id(call, low + step)):
             low, found, step = low + step, record, step * 2
+        high = low + step
         while high - low > 1:
             middle = (low + high) // 2
             record = self.get(_version_id(call, middle))
@@ -1743,17 +1644,15 @@ class Store:
             self._newest_seen[call] = (low, found)
         return low, found
 
-    def _version(self, op: Op, position: int, rows: list[Run], newest: Record | None) -> Record:
+    def _version(self, call: str, position: int, rows: list[Run], newest: Record | None) -> Record:
         """The next version. Its `holder` is the token of this append, its `blocked` what a reset forgave."""
         forgiven = newest.blocked if newest else 0
         if not rows:
-            forgiven = sum(c.blocked for c in self._counter_records(op.call))
-        shown = rows or _rows_from(newest)
-        record = _record(shown, 0, in_doubt=False)
-        return record._replace(
-            id=_version_id(op.call, position),
+            forgiven = sum(c.blocked for c in self._counter_records(call))
+        return _record(rows or _rows_from(newest), 0)._replace(
+            id=_version_id(call, position),
             blocked=forgiven,
-            holder=f"{op.token}:{os.urandom(6).hex()}",
+            holder=new_token(),
             state=json.dumps([list(r) for r in _worth_keeping(rows)]),
         )
 
@@ -1768,27 +1667,21 @@ class Store:
         """Status, released, result and number of each run: all that most duplicates need."""
         return [(r.status, r.released, r.result, r.run) for r in self.rows(call)]
 
-    def count(self, call: str, run: int, kind: str, ask: _Ask, error: str | None = None) -> None:
-        """Count an attempt that ran nothing ("blocked"), or one of an unlimited tool."""
+    def count(self, kind: str, claim: Claim, run: int, error: str | None = None) -> None:
+        """Count an attempt that ran nothing ("blocked"), or one of an unlimited tool ("ran", "raised")."""
         with self._counter_lock:
-            me = _me()
-            counter = self._counters.get(call)
-            if counter is None or not counter.id.endswith(me.id):
-                now = self.clock.wall()
-                row = ask.claim.first_row(now, 0)
-                status = Status.SUCCESS
-                counter = _record([row], 0, in_doubt=False)._replace(
-                    id=f"{call}~n~{me.id}", status=status, attempts=0, runs=0, blocked=0, run=run
-                )
-            blocked = int(kind not in _KINDS_RAN)
-            counter = counter._replace(
+            name, now = f"{claim.call}~n~{_me().id}", self.clock.wall()
+            counter = self._counters.get(name)
+            if counter is None:
+                fresh = _record([claim.first_row(now, 0)], 0)
+                counter = fresh._replace(id=name, status=Status.SUCCESS, attempts=0, run=run)
+            self._counters[name] = counter = counter._replace(
                 attempts=counter.attempts + 1,
                 runs=counter.runs + int(kind == "ran"),
-                blocked=counter.blocked + blocked,
+                blocked=counter.blocked + int(kind == "blocked"),
                 error=error or counter.error,
-                touched=self.clock.wall(),
+                touched=now,
             )
-            self._counters[call] = counter
             self.put(counter)
 
     def reset(self, wf: str | None, asked: int) -> None:
@@ -1796,11 +1689,10 @@ class Store:
         calls = sorted({r.call for r in self.all(wf)})
         for call in calls:
             rows = self.rows(call)
-            if rows and rows[-1].status == "running" and not self._now().over(rows[-1]):
+            if rows and rows[-1].status == "running" and not self.is_over(rows[-1]):
                 raise _busy_reset(self.describe(rows))
         for call in calls:
-            op = _make(_Reset, call=call, token=new_token(), asked=asked)
-            if self.transact(op).kind == "live":
+            if self.transact(Reset(call, new_token(), asked)).kind == "live":
                 raise _busy_reset(self.describe(self.rows(call)))
 
     def calls(self, tool: str | None = None, wf: str | None = None) -> Iterator[tuple[Record, list[Run]]]:
@@ -1812,44 +1704,60 @@ class Store:
                 counters.setdefault(record.call, []).append(record)
             else:
                 found.setdefault(record.call, record)
-        for call in sorted({*found, *counters}, key=lambda c: (found.get(c) or counters[c][0]).created):
-            if call in found:
-                newest = self._newest(call)[1]
-                rows = _rows_from(newest)
-                if rows and _is_named(rows[-1].tool, tool):
-                    forgiven = newest.blocked if newest else 0
-                    blocked = sum(c.blocked for c in counters.get(call, [])) - forgiven
-                    yield self.describe(rows, blocked), rows
-            elif _is_named(counters[call][0].tool, tool):
-                yield _tally_record(counters[call]), []
+        first = {c: counters[c][0] for c in counters} | found
+        for call in sorted(first, key=lambda c: first[c].created):
+            if _is_named(first[call].tool, tool):
+                record_, rows = self._counted(call, counters.get(call, []))
+                if record_ is not None:
+                    yield record_, rows
 
-    def totals(self) -> dict[str, dict[str, int]]:
+    def _counted(self, call: str, counters: Sequence[Record]) -> tuple[Record | None, list[Run]]:
+        """The record of a call with what its counters say, and its runs."""
+        newest = self._newest(call)[1]
+        if newest is None:
+            return (_tally_record(counters) if counters else None), []
+        rows = _rows_from(newest)
+        blocked = sum(c.blocked for c in counters) - newest.blocked
+        return (self.describe(rows, blocked) if rows else None), rows
+
+    def look(self, call: str) -> Record | None:
+        """The record of a call, with all that is counted; None if it was never made."""
+        return self._counted(call, self._counter_records(call))[0]
+
+    def totals(self) -> Totals:
         """Per tool: actions, attempts, executed, blocked, failed, in_doubt, suspended, running."""
-        found: dict[str, dict[str, int]] = {}
+        found: Totals = {}
         for record, rows in self.calls():
-            _add_to(found.setdefault(record.tool, dict.fromkeys(_TOTALS, 0)), record, bool(rows))
+            sums = found.setdefault(record.tool, dict.fromkeys(_TOTALS, 0))
+            status = "in_doubt" if record.in_doubt else record.status.value
+            counts = {"actions": 1, "attempts": record.attempts, "executed": record.runs}
+            counts["blocked"] = record.blocked
+            if rows and status in sums and not (record.in_doubt and record.released):
+                counts[status] = 1
+            for name, n in counts.items():
+                sums[name] += n
         return found
 
     def events(self, after: int = 0) -> Iterator[dict[str, Any]]:
         """What happened after that sequence number; a six-method store keeps no such log."""
         return iter(())
 
+    def is_over(self, run: Run) -> bool:
+        """Whether the owner of a RUNNING run is over."""
+        return self._now().over(run)
+
+    def now_for(self, rows: Sequence[Run]) -> Now:
+        """The clocks, for a decision on rows just read."""
+        over = {r.run: self.is_over(r) for r in rows if r.status == "running"}
+        return Now(self.clock.wall(), self.clock.mono(), lambda run: over[run.run])
+
     def describe(self, rows: Sequence[Run], blocked: int | None = None) -> Record:
         """The record of a call from its runs."""
-        doubt = rows[-1].status == "running" and self._now().over(rows[-1])
-        if blocked is None:
-            blocked = sum(r.blocked for r in rows)
-        return _record(rows, blocked, in_doubt=doubt)._replace(holder=self.holder(rows[-1]))
-
-    def look(self, id: str) -> Record | None:
-        """The record of a call, with all that is counted; None if it was never made."""
-        rows = self.rows(id)
-        counters = self._counter_records(id)
-        if not rows:
-            return _tally_record(counters) if counters else None
-        newest = self._newest(id)[1]
-        forgiven = newest.blocked if newest else 0
-        return self.describe(rows, sum(c.blocked for c in counters) - forgiven)
+        last = rows[-1]
+        total = sum(r.blocked for r in rows) if blocked is None else blocked
+        record = _record(rows, total)
+        doubt = record.in_doubt or (last.status == "running" and self.is_over(last))
+        return record._replace(in_doubt=doubt, holder=self.holder(last))
 
     def holder(self, run: Run) -> str:
         """Where the owner of a run lives, for people."""
@@ -1868,9 +1776,9 @@ class Store:
         """Write what was only counted so far."""
 
     def check(self) -> dict[str, Any]:
-        """Prove that the store can be read and written; raises `StoreError`."""
-        probe = self.get("check")
-        return {"store": type(self).__name__, "ok": probe is None or probe.id == "check"}
+        """Prove that the store can be read; raises `StoreError`."""
+        self.get("check")
+        return {"store": type(self).__name__, "ok": True}
 
     def make_room(self) -> None:
         """Give up what can be given up, because the store is full."""
@@ -1880,44 +1788,20 @@ class Store:
         if self._keeper is not None:
             self._keeper.finish()
 
-    # -- waiting for a live run --
-
-    def subscribe(self, call: str, wake: Callable[[], object]) -> None:
-        """Call `wake` once when a run of that call ends in this process."""
-        with self._waiters_lock:
-            self._waiters.setdefault(call, []).append(wake)
-
-    def unsubscribe(self, call: str, wake: Callable[[], object]) -> None:
-        """Forget a `subscribe`."""
-        with self._waiters_lock:
-            waiting = self._waiters.get(call, [])
-            if wake in waiting:
-                waiting.remove(wake)
-            if not waiting:
-                self._waiters.pop(call, None)
-
-    def announce(self, call: str) -> None:
-        """A run of that call ended."""
-        if self._waiters:
-            with self._waiters_lock:
-                waiting = self._waiters.pop(call, [])
-            for wake in waiting:
-                wake()
-
     # -- async callers --
 
-    async def transact_async(self, op: Op) -> _Verdict:
+    async def transact_async(self, op: Op) -> Verdict:
         """`transact` without blocking the event loop; a claim granted to a cancelled caller is given back."""
         import asyncio
 
         gone: list[bool] = []
-        given: list[_Verdict] = []
+        given: list[Verdict] = []
 
         def give_back() -> None:
-            if gone and given and isinstance(op, _Claim) and given[0].row and given[0].kind == "granted":
-                self.keeper.keep(_not_entered(given[0].row))
+            if gone and given and isinstance(op, Claim) and given[0].kind == "granted" and given[0].row:
+                self.keeper.keep(_not_entered(op, given[0].row.run))
 
-        def work() -> _Verdict:
+        def work() -> Verdict:
             given.append(self.transact(op))
             give_back()
             return given[0]
@@ -1935,24 +1819,17 @@ class Store:
 
         return await asyncio.get_running_loop().run_in_executor(None, self.rows, call)
 
-    #: whether `quick` never waits for anything, so that an event loop may call it
-    quick_is_prompt: bool = False
+    async def quick_async(self, call: str) -> Sequence[tuple[str, int, str | None, int]]:
+        """`quick` without blocking the event loop."""
+        import asyncio
+
+        return await asyncio.get_running_loop().run_in_executor(None, self.quick, call)
 
     def __getstate__(self) -> NoReturn:
         raise UsageError(
             f"a {type(self).__name__} object lives in one process and cannot be pickled; name the "
             "store by path or URL instead: Guard('ledger.db') carries that to a worker"
         )
-
-
-_TOTALS: Final = (
-    "actions", "attempts", "executed", "blocked", "failed", "in_doubt", "suspended", "running",
-)  # fmt: skip
-
-
-def new_token() -> str:
-    """An owner token: random for each claim, and telling which process made it."""
-    return f"{_me().id}.{os.urandom(6).hex()}"
 
 
 def _version_id(call: str, position: int) -> str:
@@ -1963,10 +1840,11 @@ def _rows_from(version: Record | None) -> list[Run]:
     return [] if version is None else [Run(*row) for row in json.loads(version.state)]
 
 
-def _applied(rows: list[Run], change: _Change) -> list[Run]:
+def _applied(rows: list[Run], change: Change) -> list[Run]:
+    if change.forget:
+        return []
     new = {old.run: row for old, row in change.updates}
-    rows = [new.get(r.run, r) for r in rows]
-    return [*rows, change.insert] if change.insert is not None else rows
+    return [*(new.get(r.run, r) for r in rows), *([change.insert] if change.insert else [])]
 
 
 def _worth_keeping(rows: list[Run]) -> list[Run]:
@@ -1976,7 +1854,7 @@ def _worth_keeping(rows: list[Run]) -> list[Run]:
     return [*(bare[n] for n in sorted(bare)), *rows[-1:]]
 
 
-def _record(rows: Sequence[Run], blocked: int, *, in_doubt: bool) -> Record:
+def _record(rows: Sequence[Run], blocked: int) -> Record:
     last = rows[-1]
     won = [r for r in rows if "success" in (r.status, r.late)]
     result = last.result if last.result is not None or not won else won[-1].result
@@ -1987,7 +1865,7 @@ def _record(rows: Sequence[Run], blocked: int, *, in_doubt: bool) -> Record:
         result_json=result, error=last.error, attempts=len(rows) + blocked, runs=len(won),
         blocked=blocked, created=rows[0].started, touched=max(times), started=last.started,
         ended=last.ended, lease=last.lease, released=bool(last.released), late=last.late,
-        in_doubt=in_doubt or (last.status == "doubt" and last.late != "success"),
+        in_doubt=last.status == "doubt" and last.late != "success",
     )  # fmt: skip
 
 
@@ -2004,21 +1882,8 @@ def _tally_record(counters: Sequence[Record]) -> Record:
     )
 
 
-def _add_to(sums: dict[str, int], record: Record, guarded: bool) -> None:
-    sums["actions"] += 1
-    sums["attempts"] += record.attempts
-    sums["executed"] += record.runs
-    sums["blocked"] += record.blocked
-    if not guarded:
-        return
-    if record.in_doubt:
-        sums["in_doubt"] += int(not record.released)
-    elif record.status.value in sums:
-        sums[record.status.value] += 1
-
-
 def _is_named(tool: str, wanted: str | None) -> bool:
-    return wanted is None or tool == wanted or _short(tool) == wanted
+    return wanted in (None, tool, _short(tool))
 
 
 def _busy_reset(record: Record) -> InProgress:
@@ -2029,167 +1894,14 @@ def _busy_reset(record: Record) -> InProgress:
     )
 
 
-class MemoryStore(Store):
-    """A store without a file, for tests: as long as the process, and for it alone."""
-
-    quick_is_prompt = True
-
-    def __init__(self, *, clock: Clock | None = None) -> None:
-        super().__init__(clock=clock)
-        self._lock = threading.Lock()
-        self._calls: dict[str, list[Run]] = {}
-        self._tallies: dict[str, Record] = {}
-        self._log: list[dict[str, Any]] = []
-
-    def _now(self) -> _Now:
-        mono = self.clock.mono()
-        return _Now(self.clock.wall(), mono, lambda run: run.mono <= mono)
-
-    def transact(self, op: Op) -> _Verdict:
-        """Apply one operation under the lock."""
-        with self._lock:
-            rows = self._calls.get(op.call, [])
-            change = op.apply(rows, self._now())
-            if isinstance(op, _Reset) and change.verdict.kind == "reset":
-                del self._calls[op.call]
-                self._note(rows[-1], "reset", 0, "")
-            elif change.updates or change.insert:
-                self._calls[op.call] = _applied(rows, change)
-                self._note_change(rows, change)
-        if isinstance(op, _Settle | _Resolve | _Reset | _Release):
-            self.announce(op.call)
-        return change.verdict
-
-    def _note_change(self, rows: list[Run], change: _Change) -> None:
-        for old, new in change.updates:
-            if old.status == "running" != new.status:
-                self._note(new, new.status, 1, new.error or "")
-        if change.insert:
-            self._note(change.insert, "claimed", 1, "")
-        for kind, run, n, detail in change.notes:
-            self._note(rows[run - rows[0].run], kind, n, detail)
-
-    def _note(self, row: Run, kind: str, n: int, detail: str) -> None:
-        event = _event(
-            (
-                len(self._log) + 1,
-                row.call,
-                row.run,
-                kind,
-                self.clock.wall(),
-                row.tool,
-                row.wf,
-                row.caller,
-                n,
-                detail,
-            )
-        )
-        self._log.append(event)
-
-    def rows(self, call: str) -> list[Run]:
-        """All runs of a call, oldest first."""
-        return list(self._calls.get(call, ()))
-
-    def count(self, call: str, run: int, kind: str, ask: _Ask, error: str | None = None) -> None:
-        """Count an attempt that ran nothing, or one of an unlimited tool."""
-        with self._lock:
-            now = self.clock.wall()
-            if kind in _KINDS_RAN:
-                old = self._tallies.get(call)
-                fresh = _record([ask.claim.first_row(now, 0)], 0, in_doubt=False)._replace(attempts=0)
-                self._tallies[call] = _counted(old or fresh, kind, now, error)
-            rows = self._calls.get(call, [])
-            for index, row in enumerate(rows):
-                if row.run == run:
-                    rows[index] = row._replace(blocked=row.blocked + 1)
-            self._note(ask.claim.first_row(now, 0)._replace(run=run), kind, 1, error or "")
-
-    def calls(self, tool: str | None = None, wf: str | None = None) -> Iterator[tuple[Record, list[Run]]]:
-        """Every call with its runs, oldest first."""
-        for rows in list(self._calls.values()):
-            if wf in (None, rows[-1].wf) and _is_named(rows[-1].tool, tool):
-                yield self.describe(rows), list(rows)
-        for record in list(self._tallies.values()):
-            if wf in (None, record.wf) and _is_named(record.tool, tool):
-                yield record, []
-
-    def events(self, after: int = 0) -> Iterator[dict[str, Any]]:
-        """What happened after that sequence number."""
-        return iter(self._log[after:])
-
-    def get(self, id: str) -> Record | None:
-        """The record of a call."""
-        rows = self.rows(id)
-        return self.describe(rows) if rows else self._tallies.get(id)
-
-    look = get
-
-    def claim(self, record: Record) -> bool:
-        """Insert a call as it is described, if it is absent."""
-        with self._lock:
-            return self._calls.setdefault(record.call, rows := [_row_of(record)]) is rows
-
-    def put(self, record: Record) -> None:
-        """Write a call as it is described, whatever is there."""
-        with self._lock:
-            self._calls[record.call] = [_row_of(record)]
-
-    def delete(self, id: str) -> None:
-        """Remove a call."""
-        with self._lock:
-            self._calls.pop(id, None)
-            self._tallies.pop(id, None)
-
-    def all(self, wf: str | None = None) -> Iterable[Record]:
-        """The record of every call, or of those of one workflow."""
-        return [record for record, _ in self.calls(wf=wf)]
-
-    def clear(self, wf: str | None = None) -> None:
-        """Remove every call, or those of one workflow, also running ones."""
-        for record in self.all(wf):
-            self.delete(record.call)
-
-    def reset(self, wf: str | None, asked: int) -> None:
-        """Forget every call of a workflow (None: of all); raises `InProgress` while one runs."""
-        super().reset(wf, asked)
-        with self._lock:
-            self._tallies = {c: t for c, t in self._tallies.items() if wf not in (None, t.wf)}
-
-
-_Mem = MemoryStore
-
-
-def _counted(record: Record, kind: str, now: int, error: str | None) -> Record:
-    return record._replace(
-        attempts=record.attempts + 1,
-        runs=record.runs + int(kind == "ran"),
-        error=error,
-        status=Status.SUCCESS if kind == "ran" else Status.FAILED,
-        touched=now,
-    )
-
-
-def _row_of(record: Record) -> Run:
-    """A record as a single run, for stores that are filled from outside."""
-    status = record.status.value
-    closed = None if status == "running" else record.owner
-    return Run(
-        record.call, record.run, record.tool, record.wf, record.caller, record.owner, record.key,
-        record.args_json, None, status, record.result_json, record.error, None, record.started,
-        record.ended, record.lease, 0, closed, int(record.released), 0, record.late,
-        record.ended if record.late else None, record.blocked,
-    )  # fmt: skip
-
-
-def _event(row: Sequence[Any]) -> dict[str, Any]:
-    names = ("seq", "call", "run", "kind", "at", "tool", "wf", "caller", "n", "detail")
-    return {**dict(zip(names, row, strict=True)), "at": _iso(row[4])}
+def _not_entered(claim: Claim, run: int) -> Settle:
+    return Settle(claim, run, "failed", error="NotPerformed: the tool was not entered")
 
 
 # ═══ The keeper: one background thread per store ══════════════════════════════════════
 
 
-def _release_once(bell: threading.Lock) -> None:
+def _ring(bell: threading.Lock) -> None:
     """Ring, or leave it ringing."""
     try:
         bell.release()
@@ -2208,40 +1920,42 @@ class _Keeper:
         self.pid = os.getpid()
         self._lock = threading.Lock()
         self._bell = threading.Lock()
-        self._bell.acquire()
-        self._live: dict[str, tuple[weakref.ref[_Ask], float]] = {}
-        self._pending: list[tuple[Op, _Ask | None, bool]] = []
+        #: the runs whose leases are renewed, by token, with the time when that is due
+        self._live: dict[str, tuple[weakref.ref[_Attempt], float]] = {}
+        #: outcomes to write: the attempt keeps its lease alive, `once` means do not insist
+        self._pending: list[tuple[Op, _Attempt | None, bool]] = []
         self._wakes_at = 0.0
         self._thread: threading.Thread | None = None
         self.counting = False
 
-    def watch(self, ask: _Ask) -> None:
+    def watch(self, attempt: _Attempt) -> None:
         """Renew the lease of this run until `forget`, or until nobody holds the run any more."""
-        due = time.monotonic() + ask.claim.lease / _MICROS / 3
-        self._live[ask.claim.token] = (weakref.ref(ask), due)
+        due = time.monotonic() + attempt.claim.lease / _MICROS / 3
+        self._live[attempt.claim.token] = (weakref.ref(attempt), due)
         if due < self._wakes_at or not self._alive():
-            self._ring()
+            self._wake()
 
     def forget(self, token: str) -> None:
         """The run is over."""
         self._live.pop(token, None)
 
-    def keep(self, op: Op, ask: _Ask | None = None, *, once: bool = False) -> None:
+    def keep(self, op: Op, attempt: _Attempt | None = None, *, once: bool = False) -> None:
         """Write this outcome as soon as the store takes it (or try `once`); hold the lease meanwhile."""
         with self._lock:
-            self._pending.append((op, ask, once))
-        self._ring()
+            self._pending.append((op, attempt, once))
+        self._wake()
 
     def counted(self) -> None:
         """Something waits for `Store.flush`."""
-        self.counting = True
-        if self._wakes_at > time.monotonic() + self.COUNT_SECONDS or not self._alive():
-            self._ring()
+        if not self.counting:
+            self.counting = True
+            if self._wakes_at > time.monotonic() + self.COUNT_SECONDS or not self._alive():
+                self._wake()
 
     def _alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def _ring(self) -> None:
+    def _wake(self) -> None:
         with self._lock:
             if not self._alive():
                 self._wakes_at = 0.0
@@ -2251,33 +1965,25 @@ class _Keeper:
                 except RuntimeError:  # the interpreter is going down: finish() does what is left
                     self._thread = None
                 _at_exit(self)
-        _release_once(self._bell)
+        _ring(self._bell)
 
     def _work(self) -> None:
-        while self._thread is threading.current_thread():
+        while self._thread is threading.current_thread() and self.pid == os.getpid():
             pause = self._pause()
             self._wakes_at = time.monotonic() + pause
             self._bell.acquire(timeout=pause)
-            if self.pid != os.getpid():
-                return
-            self._tick()
+            for work in (self._renew, self._retry, self._flush):
+                try:
+                    work()
+                except Exception as error:  # whatever it is, leases must be renewed
+                    time.sleep(0.05)
+                    _logger().debug("the keeper will try again: %s", error)
 
     def _pause(self) -> float:
-        if self._pending:
-            return 0.1
-        if self.counting:
+        if self._pending or self.counting:
             return self.COUNT_SECONDS
         due = min((d for _, d in list(self._live.values())), default=None)
         return 60.0 if due is None else min(60.0, max(0.001, due - time.monotonic()))
-
-    def _tick(self) -> None:
-        for work in (self._renew, self._retry, self._flush):
-            try:
-                work()
-            except LedgerError as error:
-                if isinstance(error, StoreError) and work != self._retry:
-                    time.sleep(0.05)
-                _log_debug("the keeper will try again: %s", error)
 
     def _flush(self) -> None:
         if self.counting:
@@ -2291,15 +1997,17 @@ class _Keeper:
     def _renew(self) -> None:
         now = time.monotonic()
         for token, (ref, due) in list(self._live.items()):
-            ask = ref()
-            if ask is None:  # its frame is gone without a settle: let the lease lapse
-                self._live.pop(token, None)
+            attempt = ref()
+            if attempt is None:  # its frame is gone without a settle: let the lease lapse
+                self.forget(token)
             elif due <= now:
-                self._live[token] = (ref, now + ask.claim.lease / _MICROS / 3)
-                op = _make(_Renew, call=ask.claim.call, token=token, run=ask.run, lease=ask.claim.lease)
-                if self.store.transact(op).kind == "lost" and token in self._live:
+                self._live[token] = (ref, now + attempt.claim.lease / _MICROS / 3)
+                if (
+                    self.store.transact(Renew(attempt.claim, attempt.run)).kind == "lost"
+                    and token in self._live
+                ):
                     self.forget(token)
-                    ask.lost()
+                    attempt.lost()
 
     def _retry(self) -> None:
         with self._lock:
@@ -2311,7 +2019,8 @@ class _Keeper:
                 with self._lock:
                     self._pending = pending[index + int(once) :] + self._pending
                 raise
-            self.forget(op.token)
+            if isinstance(op, Settle):
+                self.forget(op.claim.token)
 
     def finish(self) -> None:
         """Write everything that waits, within a time limit; go on watching only what still runs."""
@@ -2322,17 +2031,17 @@ class _Keeper:
             try:
                 self._retry()
                 self.store.flush()
+                break
             except LedgerError as error:
-                if time.monotonic() < limit:
-                    time.sleep(0.05)
-                    continue
-                left = len(self._pending)
-                _warn(f"{left} outcome(s) or counts could not be written before the end: {error}")
-            break
+                if time.monotonic() > limit:
+                    left = len(self._pending)
+                    _warn(f"{left} outcome(s) or counts could not be written before the end: {error}")
+                    break
+                time.sleep(0.05)
         if not self._live:
             with self._lock:
                 self._thread = None
-            _release_once(self._bell)
+            _ring(self._bell)
 
 
 _keepers: weakref.WeakSet[_Keeper] = weakref.WeakSet()
@@ -2363,8 +2072,8 @@ _APPLICATION_ID: Final = 0x4C656467  # "Ledg"
 _SCHEMA_VERSION: Final = 1
 _COLUMNS: Final = ", ".join(Run._fields)
 
-# `id` keeps rows in the order of their claims, so that a list is a walk along the table.  Events
-# are written by triggers: no transition can do without.
+# `id` keeps rows in the order of their claims, so that a list is a walk along the table.  Statuses
+# are compared one by one: IN with a list builds a table for each row that is written
 _SCHEMA: Final = """
 CREATE TABLE runs (
   id INTEGER PRIMARY KEY,
@@ -2377,14 +2086,15 @@ CREATE TABLE runs (
   key TEXT,
   args TEXT,
   matched TEXT,
-  status TEXT NOT NULL CHECK (status IN ('running', 'success', 'failed', 'suspended', 'doubt')),
+  started INTEGER NOT NULL,
+  lease INTEGER NOT NULL,
+  mono INTEGER NOT NULL,
+  status TEXT NOT NULL DEFAULT 'running' CHECK (status = 'running' OR status = 'success'
+    OR status = 'failed' OR status = 'suspended' OR status = 'doubt'),
   result TEXT,
   error TEXT,
   trace TEXT,
-  started INTEGER NOT NULL,
   ended INTEGER,
-  lease INTEGER NOT NULL,
-  mono INTEGER NOT NULL,
   closed_by TEXT,
   released INTEGER NOT NULL DEFAULT 0,
   forced INTEGER NOT NULL DEFAULT 0,
@@ -2395,7 +2105,7 @@ CREATE TABLE runs (
   CHECK ((status = 'running') = (closed_by IS NULL)));
 -- prevents two open runs of a call, whatever a later bug does
 CREATE UNIQUE INDEX one_live ON runs (call) WHERE status = 'running';
-CREATE INDEX open_ends ON runs (status) WHERE status IN ('failed', 'suspended', 'doubt');
+CREATE INDEX open_ends ON runs (status) WHERE status <> 'running' AND status <> 'success';
 CREATE TABLE events (
   seq INTEGER PRIMARY KEY,
   call TEXT,
@@ -2407,16 +2117,7 @@ CREATE TABLE events (
   caller TEXT,
   n INTEGER NOT NULL DEFAULT 1,
   detail TEXT);
-CREATE TRIGGER run_claimed AFTER INSERT ON runs BEGIN
-  INSERT INTO events (call, run, kind, at, tool, wf, caller)
-  VALUES (NEW.call, NEW.run, 'claimed', NEW.started, NEW.tool, NEW.wf, NEW.caller);
-END;
-CREATE TRIGGER run_ended AFTER UPDATE OF status ON runs
-WHEN OLD.status = 'running' AND NEW.status <> 'running' BEGIN
-  INSERT INTO events (call, run, kind, at, tool, wf, caller, detail)
-  VALUES (NEW.call, NEW.run, NEW.status, NEW.ended, NEW.tool, NEW.wf, NEW.caller, NEW.error);
-END;
-CREATE TRIGGER events_stay AFTER UPDATE ON events BEGIN
+CREATE TRIGGER events_stay BEFORE UPDATE ON events BEGIN
   SELECT RAISE(ABORT, 'events are never changed');
 END;
 -- prevents that the number of a deleted event is used again
@@ -2460,38 +2161,22 @@ SELECT tool,
        COALESCE(SUM(CASE WHEN kind IN ('success', 'late', 'resolved') THEN n END), 0),
        COALESCE(SUM(CASE WHEN kind = 'blocked' THEN n END), 0)
   FROM events
- WHERE seq > :rolled AND seq <= :upto AND tool IS NOT NULL AND run > 0
+ WHERE seq > :rolled AND tool IS NOT NULL AND run > 0
  GROUP BY tool
 """
+_INSERT_EVENT: Final = (
+    "INSERT INTO events (call, run, kind, at, tool, wf, caller, n, detail) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
 
 _NETWORK_FS: Final = frozenset(
-    [
-        "nfs",
-        "nfs4",
-        "cifs",
-        "smb3",
-        "smbfs",
-        "9p",
-        "virtiofs",
-        "ceph",
-        "gfs2",
-        "ocfs2",
-        "lustre",
-        "afs",
-        "glusterfs",
-        "beegfs",
-        "fuse.sshfs",
-        "fuse.glusterfs",
-        "fuse.s3fs",
-        "fuse.rclone",
-        "fuse.gcsfuse",
-        "fuse.juicefs",
-    ]
+    """nfs nfs4 cifs smb3 smbfs 9p virtiofs ceph gfs2 ocfs2 lustre afs glusterfs beegfs fuse.sshfs
+    fuse.glusterfs fuse.s3fs fuse.rclone fuse.gcsfuse fuse.juicefs""".split()
 )
 _BALLAST_BYTES: Final = 262_144
+_LOCKED: Final = "it was locked by another process for too long; see which one holds it"
 _MEANING: Final = {
-    sqlite3.SQLITE_BUSY: "it was locked by another process for too long; see which one holds it",
-    sqlite3.SQLITE_LOCKED: "it was locked by another process for too long; see which one holds it",
+    sqlite3.SQLITE_BUSY: _LOCKED,
+    sqlite3.SQLITE_LOCKED: _LOCKED,
     sqlite3.SQLITE_READONLY: "it is read-only; make the file and its folder writable",
     sqlite3.SQLITE_FULL: "the disk is full; make room",
     sqlite3.SQLITE_CORRUPT: "the file is damaged; restore a backup, do not delete it",
@@ -2503,26 +2188,35 @@ _MEANING: Final = {
 
 
 class _Item:
-    """One operation that waits for a transaction."""
+    """One operation that waits for a transaction, and how its caller is told."""
 
-    __slots__ = ("answer", "bell", "deliver", "done", "durable", "error", "leads", "op", "repeats", "until")
+    __slots__ = ("again", "answer", "bell", "done", "durable", "error", "perform", "ring", "until")
 
-    def __init__(
-        self,
-        op: Op | Callable[[sqlite3.Connection], Any],
-        durable: bool,
-        until: float,
-        deliver: Callable[[_Item], None] | None = None,
-    ) -> None:
-        self.op = op
+    def __init__(self, perform: Callable[[sqlite3.Connection], Any], durable: bool) -> None:
+        self.perform = perform
         self.durable = durable
-        self.until = until
-        self.deliver = deliver
+        self.ring: Callable[[], object] | None = None
+        self.bell: threading.Lock
+        #: when to give up waiting for another process's lock
+        self.until = 0.0
         self.answer: Any = None
-        self.error: BaseException | None = None
-        self.done = self.leads = False
-        self.repeats = 0
-        self.bell: threading.Lock | None = None
+        self.error: Exception | None = None
+        self.again = self.done = False
+
+
+class _Door:
+    """A connection, and the lock under which it is used."""
+
+    __slots__ = ("db", "lock")
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.db: sqlite3.Connection | None = None
+
+    def close(self) -> None:
+        if self.db is not None:
+            self.db.close()
+            self.db = None
 
 
 class SqliteStore(Store):
@@ -2533,58 +2227,55 @@ class SqliteStore(Store):
     calls altogether).  Not for network file systems.
     """
 
-    quick_is_prompt = True
-
     #: whether a new file is made without a notice
     quiet = False
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        sync: Literal["full", "claim", "off"] = "full",
-        instant_death: bool = True,
-        lock_seconds: float = 30.0,
-        clock: Clock | None = None,
-    ) -> None:
+        self, path: str | os.PathLike[str], *, sync: Literal["full", "claim", "off"] = "full",
+        instant_death: bool = True, lock_seconds: float = 30.0, clock: Clock | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(clock=clock)
-        self.given = os.fspath(path)
-        self.path = os.path.abspath(self.given)
+        self.path = os.path.abspath(os.fspath(path))
         self.sync = sync
         self.instant_death = instant_death
         self.lock_seconds = lock_seconds
-        self._start_afresh()
-        _track_forks(self)
+        self._identity: tuple[int, int] | None = None
+        self._begin()
+        _forked.add(self)
 
-    def _start_afresh(self) -> None:
+    def _begin(self) -> None:
         """What a process starts with, and a forked child starts anew: nothing is inherited."""
         self._pid = os.getpid()
-        self._gate = threading.RLock()  # held while the write connection is used
+        self._writer, self._reader, self._browser = self._doors = _Door(), _Door(), _Door()
         self._mutex = threading.Lock()  # held for moments: the queue and who leads it
-        self._db: sqlite3.Connection | None = None
-        self._readers: list[sqlite3.Connection] = []
-        self._reading = 0  # open read connections, idle or in use
-        self._forking = False
-        self._fork_waits = False  # a fork wants the gate, which a busy writer would never leave to it
         self._queue: deque[_Item] = deque()
         self._led = False
-        self._writer_bell: threading.Lock | None = None
-        self._identity: tuple[int, int] | None = None
-        self._registered = ""
+        self._crowd = 1  # how many shared the last transaction
+        self._thread: threading.Thread | None = None  # the writer thread, and its bell
+        self._bell = threading.Lock()
+        self._forking = False
+        self._held: list[_Door] = []
+        self._broken = False  # forked while a transaction was open
         self._synchronous = ""
-        self._counts: deque[tuple[Any, ...]] = deque()
-        self._flushing = threading.Lock()
-        self._owners: dict[str, _Process | None] = {}
-        self._broken: str = ""
-        self._keeper = None
-        self._waiters = {}
-        self._waiters_lock = threading.Lock()
         self._local_disk = False
+        self._counts: deque[tuple[Any, ...]] = deque()
+        self._in_flight: list[tuple[Any, ...]] = []  # counts that are being written
+        self._counting = threading.Lock()
+        self._unrolled = 0  # about how many events the totals do not know yet
+        self._owners: dict[str, _Process] = {}
+        self._keeper = None
 
     # -- opening --
 
     def _connection(self) -> sqlite3.Connection:
-        """The write connection, opened and checked. Only with the gate held."""
+        """The write connection, opened and checked. Only with its lock held."""
+        self._refuse_forked()
+        if self._writer.db is None:
+            self._writer.db = self._open()
+        self._refuse_replaced()
+        return self._writer.db
+
+    def _refuse_forked(self) -> None:
         if self._pid != os.getpid() or self._broken:
             raise StoreError(
                 f"{self.path}: this process was forked behind Python's back"
@@ -2592,42 +2283,29 @@ class SqliteStore(Store):
                 "connection cannot be trusted; nothing ran. Use os.fork or multiprocessing, or "
                 "start a new process"
             )
-        if self._db is None:
-            self._db = self._open()
-        self._refuse_replaced()
-        return self._db
 
     def _open(self) -> sqlite3.Connection:
         self._refuse_network()
-        self._create_file()
-        db = None
+        if self._identity is None:
+            self._create_file()
+        else:
+            self._refuse_replaced()
+        db = self._connect("rw")
         try:
-            db = self._connect("rwc")
             self._prepare(db)
-        except sqlite3.Error as error:
-            if db is not None:
-                db.close()
-            raise self._translated(error) from error
         except BaseException:
-            if db is not None:
-                db.close()
+            db.close()
             raise
         found = os.stat(self.path)
         self._identity = (found.st_dev, found.st_ino)
-        _track_forks(self)
+        self._lay_ballast()
         return db
 
     def _connect(self, mode: str) -> sqlite3.Connection:
         from urllib.parse import quote
 
-        return sqlite3.connect(
-            f"file:{quote(self.path)}?mode={mode}",
-            uri=True,
-            timeout=0,
-            isolation_level=None,
-            check_same_thread=False,
-            cached_statements=64,
-        )
+        url = f"file:{quote(self.path)}?mode={mode}"
+        return sqlite3.connect(url, uri=True, timeout=0, isolation_level=None, check_same_thread=False)
 
     def _create_file(self) -> None:
         try:
@@ -2654,35 +2332,33 @@ class SqliteStore(Store):
         self._local_disk = bool(kind) and kind not in _NETWORK_FS and not kind.startswith("fuse")
 
     def _prepare(self, db: sqlite3.Connection) -> None:
-        """Schema and journal mode, safely when many processes start at once."""
+        """Schema, journal mode and this process's row, safely when many processes start at once."""
         limit = time.monotonic() + self.lock_seconds
         while True:
             try:
                 if not self._is_ready(db):
                     self._create_schema(db)
-                if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+                if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] not in ("wal", "memory"):
                     raise StoreError(f"{self.path}: SQLite cannot use a write-ahead log here; nothing ran")
-                db.execute("PRAGMA temp_store = MEMORY")
-                break
+                db.execute("INSERT OR IGNORE INTO processes VALUES (?, ?, ?, ?, ?, ?)", _me())
+                return
             except sqlite3.Error as error:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
+                _roll_back(db)
                 if not _is_busy(error) or time.monotonic() > limit:
-                    raise
+                    raise self._translated(error) from error
                 time.sleep(0.002)
-        self._lay_ballast()
 
     def _is_ready(self, db: sqlite3.Connection) -> bool:
         """Whether it is a ledger of ours (False: an empty database); raises for anything else."""
         application = db.execute("PRAGMA application_id").fetchone()[0]
         version = db.execute("PRAGMA user_version").fetchone()[0]
+        if application == _APPLICATION_ID and version > _SCHEMA_VERSION:
+            raise StoreError(
+                f"{self.path} was written by a newer Ledger (schema {version}, this one knows "
+                f"{_SCHEMA_VERSION}); nothing ran. Upgrade ledger-guard here"
+            )
         if application == _APPLICATION_ID:
-            if version > _SCHEMA_VERSION:
-                raise StoreError(
-                    f"{self.path} was written by a newer Ledger (schema {version}, this one knows "
-                    f"{_SCHEMA_VERSION}); nothing ran. Upgrade ledger-guard here"
-                )
-            return bool(version)
+            return True
         tables = [row[0] for row in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
         if not tables and not application:
             return False
@@ -2709,568 +2385,455 @@ class SqliteStore(Store):
         """A ledger that was deleted or replaced under us is an error, never a reason to start afresh."""
         try:
             found = os.stat(self.path)
+            what = "" if (found.st_dev, found.st_ino) == self._identity else "was replaced by another file"
+            what = what or ("" if found.st_size else "was emptied")
         except OSError:
-            self._lost_file("was deleted")
-        if (found.st_dev, found.st_ino) != self._identity:
-            self._lost_file("was replaced by another file")
-
-    def _lost_file(self, what: str) -> NoReturn:
-        raise StoreError(
-            f"{self.path} {what} while it was in use; nothing ran, because nobody knows what the lost "
-            "file had recorded. Put the file back, or restart the process to begin with what is there"
-        )
+            what = "was deleted"
+        if what:
+            raise StoreError(
+                f"{self.path} {what} while it was in use; nothing ran, because nobody knows what the lost "
+                "file had recorded. Put the file back, or restart the process to begin with what is there"
+            )
 
     def _lay_ballast(self) -> None:
         """Room that can be given up on a full disk, so that an outcome can still be written."""
         try:
             handle = os.open(self.path + "-ballast", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        except OSError:
-            return
-        with open(handle, "wb") as file:
-            try:
+            with open(handle, "wb") as file:
                 file.write(bytes(_BALLAST_BYTES))
-            except OSError:
-                pass
+        except OSError:
+            pass
 
     def make_room(self) -> None:
         """Let the write-ahead log be used again from its start, and give up the ballast."""
-        with self._gate:
+        with self._writer.lock:
             try:
                 os.unlink(self.path + "-ballast")
             except OSError:
                 pass
-            if self._db is not None:
-                try:
-                    self._db.execute("PRAGMA wal_checkpoint(RESTART)")
-                except sqlite3.Error:
-                    pass
+            try:
+                if self._writer.db is not None:
+                    self._writer.db.execute("PRAGMA wal_checkpoint(RESTART)")
+            except sqlite3.Error:
+                pass
 
-    def _translated(self, error: sqlite3.Error) -> StoreError:
-        code = getattr(error, "sqlite_errorcode", None)
-        meaning = _MEANING.get((code or 0) & 0xFF, "see the cause")
+    def _translated(self, error: Exception) -> Exception:
+        """SQLite's errors as ours, by their code; others as they are."""
+        if isinstance(error, UnicodeError | OverflowError):
+            return UsageError(f"{self.path}: nothing was written: a value cannot be stored ({error})")
+        if not isinstance(error, sqlite3.Error):
+            return error
+        code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+        meaning = _MEANING.get(code, "see the cause")
         translated = StoreError(f"{self.path}: the ledger could not be used ({error}): {meaning}")
-        translated.full = (code or 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+        translated.full = code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+        translated.__cause__ = error
         return translated
 
-    # -- group commit: whoever holds the connection commits all that is waiting --
+    # -- group commit: who finds nobody writing commits all that waits; under load, a thread does --
 
-    def transact(self, op: Op) -> _Verdict:
+    def transact(self, op: Op) -> Verdict:
         """Apply one operation in a transaction that may carry others; returns after its commit."""
-        return cast("_Verdict", self._submit(op, self._is_durable(op)))
+        return cast(
+            "Verdict", self._submit(functools.partial(self._perform, op), durable=self._is_durable(op))
+        )
 
     def _is_durable(self, op: Op) -> bool:
         if self.sync == "full":
-            return not isinstance(op, _Renew)
-        return self.sync == "claim" and isinstance(op, _Claim)
+            return not isinstance(op, Renew)
+        return self.sync == "claim" and isinstance(op, Claim)
 
-    def _submit(self, op: Op | Callable[[sqlite3.Connection], Any], durable: bool) -> Any:
-        item = _Item(op, durable, time.monotonic() + self.lock_seconds)
-        with self._mutex:
-            self._queue.append(item)
-            leads = not self._led
-            if leads:
-                self._led = True
-            else:
-                item.bell = threading.Lock()
-                item.bell.acquire()
+    def _submit(self, perform: Callable[[sqlite3.Connection], Any], *, durable: bool) -> Any:
+        item = _Item(perform, durable)
         try:
-            if not leads:
-                cast("threading.Lock", item.bell).acquire()
-                leads = item.leads
-            if leads:
-                self._lead(item)
-        except BaseException:
+            if self._enqueue(item):
+                while not item.done:
+                    self._commit_waiting()
+                self._hand_over()
+            while not item.done:
+                if not item.bell.acquire(timeout=1):  # a leader was interrupted before it could hand over
+                    self._wake_writer()
+        except BaseException:  # Ctrl-C: forget what is not taken yet, and let nobody wait for us
             self._withdraw(item)
+            self._wake_writer()
             raise
         if item.error is not None:
             raise item.error
         return item.answer
 
-    def _withdraw(self, item: _Item) -> bool:
-        """The caller was interrupted: forget what is not taken yet, pass on a lead just received."""
+    def _enqueue(self, item: _Item) -> bool:
+        """Let it wait for the next transaction; True if nobody commits at the moment."""
         with self._mutex:
-            try:
-                self._queue.remove(item)
-                gone = True
-            except ValueError:
-                gone = False
-            leads, item.leads = item.leads, False
-        if leads:
-            self._hand_over()
-        return gone
+            leads = not self._led
+            if not leads and item.ring is None:
+                item.bell = threading.Lock()
+                item.bell.acquire()
+                item.ring = item.bell.release
+            self._queue.append(item)
+            self._led = True
+        return leads
 
-    def _lead(self, own: _Item | None) -> None:
-        """Commit what waits until `own` is answered (None: until nothing waits), then hand over."""
-        if own is not None:
-            own.leads = False
-        try:
-            while self._queue if own is None else not own.done:
-                self._commit_waiting()
-        finally:
-            self._hand_over()
+    def _withdraw(self, item: _Item) -> None:
+        with self._mutex:
+            if item in self._queue:
+                self._queue.remove(item)
 
     def _hand_over(self) -> None:
         with self._mutex:
-            heir = self._queue[0] if self._queue else None
-            self._led = heir is not None
-            if heir is not None and heir.bell is not None:
-                heir.leads = True
-                heir.bell.release()
-            elif heir is not None:
-                self._wake_writer()
+            self._led = bool(self._queue)
+        if self._led:
+            self._wake_writer()
+
+    def _wake_writer(self) -> None:
+        with self._mutex:
+            if self._thread is None or not self._thread.is_alive():
+                self._bell = threading.Lock()
+                work = functools.partial(self._write_for_others, self._bell)
+                thread = threading.Thread(target=work, name="ledger-writer", daemon=True)
+                thread.start()
+                self._thread = thread
+        _ring(self._bell)
+
+    def _write_for_others(self, bell: threading.Lock) -> None:
+        """The writer thread: it leads for event loops, and where many threads write at once."""
+        while self._bell is bell and self._pid == os.getpid():
+            if bell.acquire(timeout=60):
+                while self._queue:
+                    self._commit_waiting()
+                with self._mutex:
+                    self._led = bool(self._queue)
+                if self._led:
+                    _ring(bell)
 
     def _commit_waiting(self) -> None:
-        """One transaction with all that waits; other processes' locks are waited for outside the gate."""
+        """One transaction with all that waits; other processes' locks are waited for without ours.
+
+        An item leaves the queue when it is answered, so that no interruption can lose it; what is
+        done again although it was committed finds its own token in the rows.
+        """
+        if self._crowd > 1:  # those just answered will be back at once: one fsync for all of them
+            time.sleep(0.00005)
         pause = 0.0001
-        while True:
-            while self._fork_waits:
-                time.sleep(0.0005)
-            with self._gate:
+        while self._queue:
+            if self._forking:
+                time.sleep(0.001)
+            with self._writer.lock:
+                with self._mutex:
+                    batch = [item for item in self._queue if not item.done]
                 try:
                     db = self._connection()
-                    if self._begin(db):
-                        self._run_batch(db)
+                    if self._begin_writing(db, batch):
+                        self._run(db, batch)
                         return
-                except (StoreError, OSError) as error:
-                    self._fail_waiting(error)
+                except (LedgerError, OSError, sqlite3.Error) as error:
+                    self._fail(batch, self._translated(error))
                     return
-            self._fail_waiting(None)
-            if not self._queue:
-                return
+            self._fail_overdue(batch)
             time.sleep(pause)
-            pause = min(pause * 1.5, 0.01)
+            pause = min(pause * 1.5, 0.005)
 
-    def _begin(self, db: sqlite3.Connection) -> bool:
-        """Open a write transaction as durable as what waits asks for; False when another holds it."""
-        wanted = "FULL" if any(item.durable for item in list(self._queue)) else "NORMAL"
+    def _begin_writing(self, db: sqlite3.Connection, batch: list[_Item]) -> bool:
+        """Open a write transaction as durable as the batch asks for; False when another holds it."""
+        _roll_back(db)  # what an interrupted leader left open
+        wanted = "FULL" if any(item.durable for item in batch) else "NORMAL"
+        if wanted != self._synchronous:
+            db.execute(f"PRAGMA synchronous = {wanted}")
+            self._synchronous = wanted
         try:
-            if wanted != self._synchronous:
-                db.execute(f"PRAGMA synchronous = {wanted}")
-                self._synchronous = wanted
             db.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
             if _is_busy(error):
                 return False
-            raise self._translated(error) from error
+            raise
         return True
 
-    def _fail_waiting(self, error: Exception | None) -> None:
-        """Answer everything that waits with the error; with None, only what waited too long."""
+    def _fail_overdue(self, items: list[_Item]) -> None:
+        """Answer those that waited too long for another process's lock."""
         now = time.monotonic()
-        with self._mutex:
-            failed = [i for i in self._queue if error is not None or i.until < now]
-            for item in failed:
-                self._queue.remove(item)
+        for item in items:
+            item.until = item.until or now + self.lock_seconds
+        overdue = StoreError(
+            f"{self.path}: another process held the write lock for {self.lock_seconds:g} s; nothing was "
+            "written. See which process holds it, or allow more with Guard(lock_seconds=…)"
+        )
+        self._fail([item for item in items if item.until < now], overdue)
+
+    def _fail(self, items: list[_Item], error: Exception) -> None:
+        failed = [item for item in items if not item.done]
         for item in failed:
-            item.error = error or StoreError(
-                f"{self.path}: another process held the write lock for {self.lock_seconds:g} s; nothing "
-                "was written. See which process holds it, or allow more with Guard(lock_seconds=…)"
-            )
+            item.error = error
         self._answer(failed)
 
-    def _run_batch(self, db: sqlite3.Connection) -> None:
-        batch = self._take()
+    def _run(self, db: sqlite3.Connection, batch: list[_Item]) -> None:
+        """Commit the items; one that fails takes none of its neighbours along."""
         try:
-            self._register(db)
-            for index, item in enumerate(batch):
-                if not self._attempt(db, item):
-                    self._redo(batch[:index] + batch[index + 1 :])
-                    self._answer([item])
+            for item in batch:
+                if not self._attempt(db, item, alone=len(batch) == 1):
+                    _roll_back(db)
+                    self._answer([item])  # the neighbours are undone with it, and redone without it
                     return
             db.execute("COMMIT")
         except sqlite3.Error as error:
             _roll_back(db)
-            self._after_failed_commit(batch, error)
+            self._fail([item for item in batch if item.again], self._translated(error))
+            for item in batch:
+                item.again = True
             return
-        except BaseException:
-            _roll_back(db)
-            self._redo(batch)
-            raise
-        self._registered = _me().id
+        self._crowd = len(batch)
+        self._unrolled += len(batch)
         self._answer(batch)
 
-    def _take(self) -> list[_Item]:
-        """What this transaction carries: nothing that asks for more durability than it has."""
-        with self._mutex:
-            taken = [i for i in self._queue if self._synchronous == "FULL" or not i.durable]
-            if len(taken) == len(self._queue):
-                self._queue.clear()
-            else:
-                for item in taken:
-                    self._queue.remove(item)
-        return taken
-
-    def _attempt(self, db: sqlite3.Connection, item: _Item) -> bool:
-        """Run one item; False if SQLite rolled the whole group back, so that the neighbours are redone."""
+    def _attempt(self, db: sqlite3.Connection, item: _Item, *, alone: bool) -> bool:
+        """Run one item; False if the transaction is over for all."""
         try:
-            item.answer = self._run_item(db, item)
-            item.error = None
-        except sqlite3.Error as error:
+            if not alone:
+                db.execute("SAVEPOINT item")
+            item.answer = item.perform(db)
+            if not alone:
+                db.execute("RELEASE item")
+        except Exception as error:
             item.error = self._translated(error)
-            return db.in_transaction
-        except (LedgerError, UnicodeError, OverflowError, ValueError) as error:
-            item.error = error
+            if alone or not db.in_transaction:  # SQLite rolls everything back on a full disk
+                return False
+            db.execute("ROLLBACK TO item")
+            db.execute("RELEASE item")
         return True
-
-    def _redo(self, items: list[_Item]) -> None:
-        """Put items back; they look for their own token first, because the commit may have happened."""
-        with self._mutex:
-            for item in reversed(items):
-                item.repeats += 1
-                item.answer = item.error = None
-                self._queue.appendleft(item)
-
-    def _after_failed_commit(self, batch: list[_Item], error: sqlite3.Error) -> None:
-        again = [i for i in batch if i.repeats < (100 if _is_busy(error) else 1)]
-        failed = [i for i in batch if i not in again]
-        for item in failed:
-            item.error = self._translated(error)
-        self._redo(again)
-        self._answer(failed)
 
     def _answer(self, items: list[_Item]) -> None:
         for item in items:
             item.done = True
-            if isinstance(item.op, _Settle | _Resolve | _Release) and item.error is None:
-                self.announce(item.op.call)
-            if item.bell is not None:
-                item.bell.release()
-            elif item.deliver is not None:
-                item.deliver(item)
-
-    def _run_item(self, db: sqlite3.Connection, item: _Item) -> Any:
-        op = item.op
-        if not item.repeats:  # one statement does it, nearly always
-            hot = _HOT.get(type(op))
-            answer = hot(self, db, op) if hot is not None else None
-            if answer is not None:
-                return answer
-        db.execute("SAVEPOINT item")
-        try:
-            answer = self._apply(db, op) if isinstance(op, Op) else op(db)
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK TO item")
-                db.execute("RELEASE item")
-            raise
-        db.execute("RELEASE item")
-        return answer
-
-    def _register(self, db: sqlite3.Connection) -> None:
-        me = _me()
-        if self._registered != me.id:
-            db.execute("INSERT OR IGNORE INTO processes VALUES (?, ?, ?, ?, ?, ?)", tuple(me))
+            if item.ring is not None:
+                item.ring()
+        with self._mutex:
+            while self._queue and self._queue[0].done:
+                self._queue.popleft()
 
     # -- the statements --
 
-    def _claim_first(self, db: sqlite3.Connection, op: Any) -> _Verdict | None:
-        """A call that nobody made yet: CLAIM 3 alone, with no row before it."""
-        row = op.first_row(self.clock.wall(), self.clock.mono())
-        inserted = db.execute(_INSERT_FIRST, row).rowcount
-        return _Verdict("granted", row) if inserted == 1 else None
-
-    def _settle_own(self, db: sqlite3.Connection, op: Any) -> _Verdict | None:
-        changed = db.execute(
-            "UPDATE runs SET status = ?, ended = ?, closed_by = owner, result = ?, error = ?, trace = ?"
-            " WHERE call = ? AND run = ? AND owner = ? AND status = 'running'",
-            (op.status, self.clock.wall(), op.result, op.error, op.trace, op.call, op.run, op.token),
-        ).rowcount
-        return _Verdict("settled") if changed == 1 else None
-
-    def _renew_own(self, db: sqlite3.Connection, op: Any) -> _Verdict | None:
-        changed = db.execute(
-            "UPDATE runs SET lease = ?, mono = ?"
-            " WHERE call = ? AND run = ? AND owner = ? AND status = 'running'",
-            (self.clock.wall() + op.lease, self.clock.mono() + op.lease, op.call, op.run, op.token),
-        ).rowcount
-        return _Verdict("renewed") if changed == 1 else None
-
-    def _apply(self, db: sqlite3.Connection, op: Op) -> _Verdict:
-        """Any operation: read the rows, decide, write what changed, all in this transaction."""
-        rows = self._rows(db, op.call)
-        change = op.apply(rows, self._now_on(db))
-        if isinstance(op, _Reset) and change.verdict.kind == "reset":
-            db.execute("DELETE FROM runs WHERE call = ?", (op.call,))
+    def _perform(self, op: Op, db: sqlite3.Connection) -> Verdict:
+        """Any operation: in one statement where that is enough, nearly always; else by its rows."""
+        verdict = self._perform_hot(op, db)
+        if verdict is not None:
+            return verdict
+        rows = _select_rows(db, op.call)
+        change = op.apply(rows, self._now_in(db))
+        if change.forget:
+            self._forget(db, "call = :call", {"call": op.call})
         for old, new in change.updates:
-            self._write(db, old, new)
+            self._update(db, old, new)
         if change.insert is not None:
-            marks = ", ".join("?" * len(change.insert))
-            db.execute(f"INSERT INTO runs ({_COLUMNS}) VALUES ({marks})", change.insert)
-        for kind, run, n, detail in change.notes:
-            row = next(r for r in rows if r.run == run)
-            self._note(db, row, kind, n, detail)
+            _insert_row(db, change.insert)
+        for kind, row, n, detail in change.notes:
+            event = (row.call, row.run, kind, self.clock.wall(), row.tool, row.wf, row.caller, n, detail)
+            db.execute(_INSERT_EVENT, event)
         return change.verdict
 
-    def _write(self, db: sqlite3.Connection, old: Run, new: Run) -> None:
-        values = {**new._asdict(), "was": old.status}
+    def _perform_hot(self, op: Op, db: sqlite3.Connection) -> Verdict | None:
+        """A first claim, the end of an open run, a renewal: the guard stands in the WHERE."""
+        wall = self.clock.wall()
+        if isinstance(op, Claim):
+            row = op.first_row(wall, self.clock.mono())
+            if db.execute(_INSERT_FIRST, (*row[:12], row.forced)).rowcount == 1:
+                db.execute(_INSERT_EVENT, (op.call, 1, "claimed", wall, op.tool, op.wf, op.caller, 1, None))
+                return Verdict("granted", row)
+        elif isinstance(op, Settle):
+            call, token, tool, wf, caller = op.claim[:5]
+            values = (op.status, wall, op.result, op.error, op.trace, call, op.run, token)
+            if db.execute(_SETTLE_OPEN, values).rowcount == 1:
+                db.execute(_INSERT_EVENT, (call, op.run, op.status, wall, tool, wf, caller, 1, op.error))
+                return _SETTLED
+        elif isinstance(op, Renew):
+            lease = (wall + op.claim.lease, self.clock.mono() + op.claim.lease)
+            if db.execute(_RENEW_OPEN, (*lease, op.call, op.run, op.claim.token)).rowcount == 1:
+                return _RENEWED
+        return None
+
+    def _update(self, db: sqlite3.Connection, old: Run, new: Run) -> None:
         changed = db.execute(
             "UPDATE runs SET status = :status, ended = :ended, closed_by = :closed_by, released = :released,"
             " result = :result, error = :error, trace = :trace, lease = :lease, mono = :mono,"
             " late = :late, late_at = :late_at"
             " WHERE call = :call AND run = :run AND owner = :owner AND status = :was",
-            values,
+            {**new._asdict(), "was": old.status},
         ).rowcount
         if changed != 1:
             raise StoreError(f"{self.path}: run {old.run} of {old.call} changed under its transaction")
 
-    def _note(self, db: sqlite3.Connection, row: Run, kind: str, n: int, detail: str) -> None:
-        db.execute(
-            "INSERT INTO events (call, run, kind, at, tool, wf, caller, n, detail)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (row.call, row.run, kind, self.clock.wall(), row.tool, row.wf, row.caller, n, detail),
-        )
-
-    def _now_on(self, db: sqlite3.Connection) -> _Now:
+    def _now_in(self, db: sqlite3.Connection) -> Now:
         wall, mono = self.clock.wall(), self.clock.mono()
 
         def over(run: Run) -> bool:
             owner = self._owner(db, run.owner)
-            lapsed = run.lease <= wall
-            if owner is not None and owner.boot and owner.boot == _me().boot:
-                lapsed = run.mono <= mono
-            if lapsed or owner is None:
-                return lapsed
+            if owner is None:
+                return run.lease <= wall
+            same_boot = bool(owner.boot) and owner.boot == _me().boot
+            if run.mono <= mono if same_boot else run.lease <= wall:
+                return True
             return self.instant_death and self._local_disk and _is_dead(owner)
 
-        return _Now(wall, mono, over)
-
-    def now_for(self, rows: Sequence[Run]) -> _Now:
-        """The clocks, and whether a RUNNING row's owner is over, for a decision on rows just read."""
-        over = {r.run: self.is_over(r) for r in rows if r.status == "running"}
-        return _Now(self.clock.wall(), self.clock.mono(), lambda run: over[run.run])
-
-    def is_over(self, run: Run) -> bool:
-        """Whether the owner of a RUNNING run is over."""
-        return self._read(lambda db: self._now_on(db).over(run), False)
+        return Now(wall, mono, over)
 
     def _owner(self, db: sqlite3.Connection, token: str) -> _Process | None:
         name = token.partition(".")[0]
         if name not in self._owners:
             row = db.execute("SELECT * FROM processes WHERE id = ?", (name,)).fetchone()
-            if len(self._owners) > 1000:
-                self._owners.clear()
             if row is None:
                 return None
+            if len(self._owners) > 1000:
+                self._owners.clear()
             self._owners[name] = _Process(*row)
         return self._owners[name]
 
-    def _rows(self, db: sqlite3.Connection, call: str) -> list[Run]:
-        found = db.execute(f"SELECT {_COLUMNS} FROM runs WHERE call = ? ORDER BY run", (call,))
-        return list(map(Run._make, found))
-
     # -- reading, on other connections: the writer's own sees what is not committed yet --
 
-    def quick(self, call: str) -> Sequence[tuple[str, int, str | None, int]]:
-        """Status, released, result and number of each run: all that most duplicates need."""
-        sql = "SELECT status, released, result, run FROM runs WHERE call = ? ORDER BY run"
-        if self._pid == os.getpid() and not self._fork_waits:
-            try:
-                db = self._readers.pop()
-            except IndexError:
-                return self._read(lambda db: db.execute(sql, (call,)).fetchall(), [])
-            try:
-                return db.execute(sql, (call,)).fetchall()
-            except sqlite3.Error:
-                pass
-            finally:
-                self._readers.append(db)
-        return self._read(lambda db: db.execute(sql, (call,)).fetchall(), [])
-
-    def rows(self, call: str) -> list[Run]:
-        """All runs of a call, oldest first."""
-        return self._read(lambda db: self._rows(db, call), [])
-
-    def _read(self, query: Callable[[sqlite3.Connection], T], absent: T) -> T:
+    def _read(self, absent: T, query: Callable[..., T], *values: Any, door: _Door | None = None) -> T:
         """Run a short query; `absent` is the answer of a ledger that does not exist yet."""
-        limit = time.monotonic() + self.lock_seconds
+        if self._pid != os.getpid() or self._broken:
+            self._refuse_forked()
+        if door is None:  # while nobody writes, its pages are at hand; another connection reads them anew
+            door = self._reader if self._led else self._writer
+        limit = 0.0
         while True:
+            if self._forking:
+                time.sleep(0.001)
             try:
-                db = self._reader()
-                if db is None:
-                    return absent
-                try:
-                    return query(db)
-                finally:
-                    self._readers.append(db)
+                with door.lock:
+                    if door is self._writer and (door.db is None or door.db.in_transaction):
+                        door = self._reader
+                        continue
+                    if door.db is None:
+                        door.db = self._open_reader()
+                    found = absent if door.db is None else query(door.db, *values)
+                return found  # noqa: RET504 - Ctrl-C right after a return from inside `with` would keep the lock
             except sqlite3.Error as error:
+                limit = limit or time.monotonic() + self.lock_seconds
                 if not _is_busy(error) or time.monotonic() > limit:
                     raise self._translated(error) from error
                 time.sleep(0.001)
 
-    def _reader(self) -> sqlite3.Connection | None:
-        if self._pid != os.getpid() or self._broken:
-            with self._gate:
-                self._connection()  # raises, and says why
-        while self._fork_waits:
-            time.sleep(0.0005)
-        try:
-            return self._readers.pop()
-        except IndexError:
-            pass
-        with self._gate:
-            if not os.path.exists(self.path):
-                if self._identity is not None:
-                    self._lost_file("was deleted")
-                return None
-            db = self._open_reader()
-            if db is not None:
-                self._reading += 1
-                _track_forks(self)
-            return db
-
     def _open_reader(self) -> sqlite3.Connection | None:
-        """A connection that cannot write; None while the file is still empty."""
+        """A connection that cannot write; None while there is no file, or an empty one."""
+        if self._identity is not None:
+            self._refuse_replaced()
+        elif not os.path.exists(self.path):
+            return None
         self._refuse_network()  # it also says whether a death may be proved here
-        error: sqlite3.Error | None = None
         # a read-only folder has no room for the shared memory file: read the file as it stands
-        for mode in ("rw", "ro", "ro&immutable=1"):
-            if "immutable" in mode and os.access(os.path.dirname(self.path), os.W_OK):
-                break
-            db = self._connect(mode)
+        modes = ["rw", "ro"] + ([] if os.access(os.path.dirname(self.path), os.W_OK) else ["ro&immutable=1"])
+        while True:
+            db = self._connect(modes.pop(0))
             try:
-                ready = self._is_ready(db)
-                if ready:
+                if self._is_ready(db):
                     db.execute("SELECT 1 FROM runs LIMIT 1").fetchone()
                     db.execute("PRAGMA query_only = 1")
                     return db
                 db.close()
                 return None
-            except sqlite3.Error as failed:
+            except BaseException as error:
                 db.close()
-                error = failed
-                if _is_busy(failed):
-                    break
-            except BaseException:
-                db.close()
-                raise
-        raise cast("sqlite3.Error", error)
+                if not modes or _is_busy(error) or not isinstance(error, sqlite3.Error):
+                    raise
 
-    def get(self, id: str) -> Record | None:
-        """The record of a call."""
-        rows = self.rows(id)
-        if rows:
-            return self.describe(rows)
-        found = self._read(
-            lambda db: db.execute("SELECT * FROM tallies WHERE call = ?", (id,)).fetchone(), None
-        )
-        return _record_of_tally(found) if found else None
+    def quick(self, call: str) -> Sequence[tuple[str, int, str | None, int]]:
+        """Status, released, result and number of each run: all that most duplicates need."""
+        return self._read([], _select_quick, call)
 
-    look = get
+    def rows(self, call: str) -> list[Run]:
+        """All runs of a call, oldest first."""
+        return self._read([], _select_rows, call)
 
-    def describe(self, rows: Sequence[Run], blocked: int | None = None) -> Record:
-        """The record of a call from its runs."""
-        doubt = rows[-1].status == "running" and self.is_over(rows[-1])
-        record = _record(rows, sum(r.blocked for r in rows), in_doubt=doubt)
-        return record._replace(holder=self.holder(rows[-1]))
+    def is_over(self, run: Run) -> bool:
+        """Whether the owner of a RUNNING run is over."""
+        return self._read(False, lambda db: self._now_in(db).over(run))
 
     def holder(self, run: Run) -> str:
         """Where the owner of a run lives, for people."""
-        owner = self._read(lambda db: self._owner(db, run.owner), None)
+        owner = self._read(None, self._owner, run.owner)
         return f"pid {owner.pid} on {owner.host}" if owner else run.caller
+
+    def describe(self, rows: Sequence[Run], blocked: int | None = None) -> Record:
+        """The record of a call from its runs, with what is counted here and not written yet."""
+        call = rows[-1].call
+        waiting = sum(count[0] == call for count in [*self._counts.copy(), *self._in_flight])
+        return super().describe(rows, sum(r.blocked for r in rows) + waiting if blocked is None else blocked)
+
+    def look(self, call: str) -> Record | None:
+        """The record of a call; None if it was never made."""
+        rows = self.rows(call)
+        if rows:
+            return self.describe(rows)
+        tallies = self._browse("SELECT * FROM tallies WHERE call = ?", call)
+        return _record_of_tally(tallies[0]) if tallies else None
+
+    def _browse(self, sql: str, *values: Any) -> list[Any]:
+        """A longer query, beside the duplicates'."""
+        nothing: list[Any] = []
+        return self._read(nothing, lambda db: db.execute(sql, values).fetchall(), door=self._browser)
 
     def calls(self, tool: str | None = None, wf: str | None = None) -> Iterator[tuple[Record, list[Run]]]:
         """Every call with its runs, oldest first; no read transaction stays open between pages."""
         after = 0
-        while True:
-            read = functools.partial(self._page, after=after, wf=wf)
-            page: list[tuple[int, list[Run]]] = self._read(read, [])
-            if not page:
-                break
-            after = page[-1][0]
-            for _, rows in page:
-                if rows and _is_named(rows[-1].tool, tool):
-                    yield self.describe(rows), rows
-        found = self._fetch("SELECT * FROM tallies ORDER BY created")
-        for row in found:
-            if _is_named(row[1], tool) and wf in (None, row[2]):
-                yield _record_of_tally(row), []
-
-    def _page(self, db: sqlite3.Connection, *, after: int, wf: str | None) -> list[tuple[int, list[Run]]]:
-        """The next calls after a row id; a call stands where its first run stands."""
-        firsts = db.execute(
+        while page := self._browse(
+            # a call stands where its first run stands
             "SELECT id, call FROM runs AS r WHERE id > ? AND (? IS NULL OR wf = ?) AND NOT EXISTS"
             " (SELECT 1 FROM runs AS e WHERE e.call = r.call AND e.run < r.run) ORDER BY id LIMIT 200",
-            (after, wf, wf),
-        ).fetchall()
-        return [(first, self._rows(db, call)) for first, call in firsts]
-
-    def all(self, wf: str | None = None) -> Iterator[Record]:
-        """The record of every call, or of those of one workflow, oldest first."""
-        return (record for record, _ in self.calls(wf=wf))
+            after, wf, wf,
+        ):  # fmt: skip
+            for after, call in page:  # noqa: B007 - the last one is where the next page begins
+                rows = self.rows(call)
+                if rows and _is_named(rows[-1].tool, tool):
+                    yield self.describe(rows), rows
+        for row in self._browse("SELECT * FROM tallies WHERE ? IS NULL OR wf = ? ORDER BY created", wf, wf):
+            if _is_named(row[1], tool):
+                yield _record_of_tally(row), []
 
     def events(self, after: int = 0) -> Iterator[dict[str, Any]]:
         """What happened after that sequence number, oldest first."""
         self.flush()
-        sql = (
-            "SELECT seq, call, run, kind, at, tool, wf, caller, n, detail FROM events"
-            " WHERE seq > ? ORDER BY seq LIMIT 500"
-        )
-        while True:
-            page = self._fetch(sql, after)
-            if not page:
-                return
+        names = ("seq", "call", "run", "kind", "at", "tool", "wf", "caller", "n", "detail")
+        sql = f"SELECT {', '.join(names)} FROM events WHERE seq > ? ORDER BY seq LIMIT 500"
+        while page := self._browse(sql, after):
+            for row in page:
+                yield {**dict(zip(names, row, strict=True)), "at": _iso(row[4])}
             after = page[-1][0]
-            yield from map(_event, page)
 
-    def _fetch(self, sql: str, *values: Any) -> list[Any]:
-        nothing: list[Any] = []
-        return self._read(lambda db: db.execute(sql, values).fetchall(), nothing)
-
-    def totals(self) -> dict[str, dict[str, int]]:
+    def totals(self) -> Totals:
         """Per tool: actions, attempts, executed, blocked, failed, in_doubt, suspended, running."""
         self.flush()
-        return self._read(self._totals, {})
+        return self._read({}, self._select_totals, door=self._browser)
 
-    def _totals(self, db: sqlite3.Connection) -> dict[str, dict[str, int]]:
-        found: dict[str, dict[str, int]] = {}
+    def _select_totals(self, db: sqlite3.Connection) -> Totals:
+        found: Totals = {}
+
+        def add(tool: str, **counts: int) -> None:
+            sums = found.setdefault(tool, dict.fromkeys(_TOTALS, 0))
+            for name, n in counts.items():
+                sums[name] += n
+
         db.execute("BEGIN")  # one view for all of it
         try:
             rolled = db.execute("SELECT value FROM meta WHERE name = 'rolled'").fetchone()[0]
-            rows = db.execute("SELECT * FROM totals").fetchall()
-            rows += db.execute(_ROLL, {"rolled": rolled, "upto": 2**62}).fetchall()
+            rows = db.execute("SELECT * FROM totals").fetchall() + db.execute(_ROLL, (rolled,)).fetchall()
             for tool, actions, claims, executed, blocked in rows:
-                sums = found.setdefault(tool, dict.fromkeys(_TOTALS, 0))
-                sums["actions"] += actions
-                sums["executed"] += executed
-                sums["blocked"] += blocked
-                sums["attempts"] += claims + blocked
-            self._add_open_ends(db, found)
-            self._add_tallies(db, found)
+                add(tool, actions=actions, attempts=claims + blocked, executed=executed, blocked=blocked)
+            for tool, status, n in db.execute(_OPEN_ENDS):
+                add(tool, **{status: n})
+            over = self._now_in(db).over
+            for run in map(
+                Run._make, db.execute(f"SELECT {_COLUMNS} FROM runs WHERE status = 'running'").fetchall()
+            ):
+                add(run.tool, **{"in_doubt" if over(run) else "running": 1})
+            for tool, n, asked, ran in db.execute(_TALLY_SUMS):
+                add(tool, actions=n, attempts=asked, executed=ran)
         finally:
             db.execute("COMMIT")
         return {tool: sums for tool, sums in found.items() if sums["actions"]}
 
-    def _add_open_ends(self, db: sqlite3.Connection, found: dict[str, dict[str, int]]) -> None:
-        ends = db.execute(
-            "SELECT tool, CASE status WHEN 'doubt' THEN 'in_doubt' ELSE status END, COUNT(*)"
-            " FROM runs AS r INDEXED BY open_ends"
-            " WHERE status IN ('failed', 'suspended', 'doubt')"
-            " AND (status <> 'doubt' OR NOT released AND late IS NOT 'success')"
-            " AND NOT EXISTS (SELECT 1 FROM runs AS l WHERE l.call = r.call AND l.run > r.run)"
-            " GROUP BY tool, status"
-        ).fetchall()
-        over = self._now_on(db).over
-        for run in db.execute(f"SELECT {_COLUMNS} FROM runs WHERE status = 'running'").fetchall():
-            row = Run(*run)
-            ends.append((row.tool, "in_doubt" if over(row) else "running", 1))
-        for tool, status, count in ends:
-            found.setdefault(tool, dict.fromkeys(_TOTALS, 0))[status] += count
-
-    def _add_tallies(self, db: sqlite3.Connection, found: dict[str, dict[str, int]]) -> None:
-        tallies = db.execute("SELECT tool, COUNT(*), SUM(ran), SUM(raised) FROM tallies GROUP BY tool")
-        for tool, calls, ran, raised in tallies:
-            sums = found.setdefault(tool, dict.fromkeys(_TOTALS, 0))
-            sums["actions"] += calls
-            sums["attempts"] += ran + raised
-            sums["executed"] += ran
-
     # -- counting: buffered, no fsync --
 
-    def count(self, call: str, run: int, kind: str, ask: _Ask, error: str | None = None) -> None:
+    def count(self, kind: str, claim: Claim, run: int, error: str | None = None) -> None:
         """Count an attempt that ran nothing, or one of an unlimited tool; written within 200 ms."""
-        claim = ask.claim
-        args = claim.args if kind in _KINDS_RAN else None
-        self._counts.append((call, run, kind, claim.caller, claim.tool, claim.wf, args, error))
+        self._counts.append((claim.call, run, kind, claim.tool, claim.wf, claim.caller, claim.args, error))
         keeper = self._keeper
         if keeper is None or not keeper.counting:
             self.keeper.counted()
@@ -3279,134 +2842,118 @@ class SqliteStore(Store):
         """Write what was only counted so far."""
         if self._pid != os.getpid():
             return
-        with self._flushing:  # who finds nothing left waits until another thread has written it
-            if not self._counts:
+        with self._counting:  # who finds nothing left waits until another thread has written it
+            taken = self._in_flight
+            while self._counts:
+                taken.append(self._counts.popleft())
+            if not taken and self._unrolled < 1000:
                 return
-            taken: list[tuple[Any, ...]] = []
-            try:
-                self._submit(functools.partial(self._write_counts, taken), durable=False)
-            except BaseException:
-                self._counts.extendleft(reversed(taken))
-                raise
+            self._submit(lambda db: self._write_counts(db, taken), durable=False)
+            self._in_flight = []
+            self._unrolled = 0
 
-    def _write_counts(self, taken: list[tuple[Any, ...]], db: sqlite3.Connection) -> None:
-        """Write what waits; `taken` keeps it, because the transaction may have to be redone."""
-        while self._counts:
-            taken.append(self._counts.popleft())
+    def _write_counts(self, db: sqlite3.Connection, taken: list[tuple[Any, ...]]) -> None:
         sums: dict[tuple[Any, ...], int] = {}
         last: dict[str, tuple[Any, ...]] = {}
         for count in taken:
-            key = count[:6]
-            sums[key] = sums.get(key, 0) + 1
+            sums[count[:6]] = sums.get(count[:6], 0) + 1
             last[count[0]] = count[6:]
         now = self.clock.wall()
-        for (call, run, kind, caller, tool, wf), n in sums.items():
-            self._write_count(db, (call, run, kind, caller, tool, wf), n, last[call], now)
+        for (call, run, kind, tool, wf, caller), n in sums.items():
+            args, error = last[call]
+            if kind == "blocked":
+                where = "UPDATE runs SET blocked = blocked + ? WHERE call = ? AND run = ?"
+                if not db.execute(where, (n, call, run)).rowcount:  # reset meanwhile
+                    continue
+            else:
+                ran = n if kind == "ran" else 0
+                db.execute(_ADD_TALLY, (call, tool, wf, caller, args, ran, n - ran, error, now))
+            db.execute(_INSERT_EVENT, (call, run, kind, now, tool, wf, caller, n, error))
         self._roll_forward(db)
-
-    def _write_count(
-        self, db: sqlite3.Connection, key: tuple[Any, ...], n: int, rest: tuple[Any, ...], now: int
-    ) -> None:
-        call, run, kind, caller, tool, wf = key
-        args, error = rest
-        if kind in _KINDS_RAN:
-            db.execute(
-                "INSERT INTO tallies VALUES (:call, :tool, :wf, :caller, :args, :ran, :raised, :error,"
-                " :now, :now) ON CONFLICT (call) DO UPDATE SET ran = ran + :ran, raised = raised + :raised,"
-                " error = :error, touched = :now",
-                {
-                    "call": call, "tool": tool, "wf": wf, "caller": caller, "args": args,
-                    "ran": n if kind == "ran" else 0, "raised": n if kind == "raised" else 0,
-                    "error": error, "now": now,
-                },
-            )  # fmt: skip
-            run = 0  # a tally is no run: its events stay out of the totals
-        else:
-            changed = db.execute(
-                "UPDATE runs SET blocked = blocked + ? WHERE call = ? AND run = ?", (n, call, run)
-            ).rowcount
-            if not changed:  # reset meanwhile
-                return
-        db.execute(
-            "INSERT INTO events (call, run, kind, at, tool, wf, caller, n, detail)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (call, run, kind, now, tool, wf, caller, n, error),
-        )
 
     def _roll_forward(self, db: sqlite3.Connection) -> None:
         """Add what the events since the last time say to the totals, so that stats stay cheap."""
-        upto = db.execute("SELECT COALESCE(MAX(seq), 0) FROM events").fetchone()[0]
         rolled = db.execute("SELECT value FROM meta WHERE name = 'rolled'").fetchone()[0]
-        for row in db.execute(_ROLL, {"rolled": rolled, "upto": upto}).fetchall():
+        for row in db.execute(_ROLL, (rolled,)).fetchall():
             db.execute(
                 "INSERT INTO totals VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT (tool) DO UPDATE SET"
                 " actions = actions + ?2, claims = claims + ?3, executed = executed + ?4,"
                 " blocked = blocked + ?5",
                 row,
             )
-        db.execute("UPDATE meta SET value = ? WHERE name = 'rolled'", (upto,))
+        db.execute("UPDATE meta SET value = (SELECT COALESCE(MAX(seq), 0) FROM events) WHERE name = 'rolled'")
 
     # -- housekeeping --
 
     def reset(self, wf: str | None, asked: int) -> None:
-        """Forget every call of a workflow (None: of all) in one transaction."""
+        """Forget every call of a workflow (None: of all) in one transaction; `InProgress` while one runs."""
         self.flush()
+        self._submit(lambda db: self._reset_in(db, wf, asked), durable=self.sync != "off")
 
-        def forget(db: sqlite3.Connection) -> None:
-            self._roll_forward(db)
-            over = self._now_on(db).over
-            scope = {"wf": wf, "asked": asked}
-            live = f"SELECT {_COLUMNS} FROM runs WHERE status = 'running' AND (:wf IS NULL OR wf = :wf)"
-            for row in db.execute(live, scope).fetchall():
-                if not over(Run(*row)):
-                    raise _busy_reset(self.describe([Run(*row)]))
-            chosen = (
-                "(:wf IS NULL OR wf = :wf) AND call NOT IN (SELECT call FROM runs WHERE started > :asked)"
-            )
-            sums = (
-                "SELECT tool, COUNT(DISTINCT call), COUNT(*),"
-                " SUM(status = 'success' OR late IS 'success'), SUM(blocked)"
-                f" FROM runs WHERE {chosen} GROUP BY tool"
-            )
-            for row in db.execute(sums, scope).fetchall():
-                db.execute(
-                    "UPDATE totals SET actions = actions - ?2, claims = claims - ?3,"
-                    " executed = executed - ?4, blocked = blocked - ?5 WHERE tool = ?1",
-                    row,
-                )
-            db.execute(f"DELETE FROM runs WHERE {chosen}", scope)
-            db.execute("DELETE FROM tallies WHERE :wf IS NULL OR wf = :wf", scope)
+    def _reset_in(self, db: sqlite3.Connection, wf: str | None, asked: int) -> None:
+        scope = {"wf": wf, "asked": asked}
+        live = f"SELECT {_COLUMNS} FROM runs WHERE status = 'running' AND (:wf IS NULL OR wf = :wf)"
+        over = self._now_in(db).over
+        for run in map(Run._make, db.execute(live, scope).fetchall()):
+            if not over(run):
+                raise _busy_reset(self.describe([run]))
+        young = "SELECT call FROM runs WHERE started > :asked"
+        self._forget(db, f"(:wf IS NULL OR wf = :wf) AND call NOT IN ({young})", scope)
+        db.execute("DELETE FROM tallies WHERE :wf IS NULL OR wf = :wf", scope)
+        detail = "everything" if wf is None else None
+        db.execute(_INSERT_EVENT, (None, None, "reset", self.clock.wall(), None, wf, None, 0, detail))
+
+    def _forget(self, db: sqlite3.Connection, where: str, scope: dict[str, Any]) -> None:
+        """Delete rows, and take them out of the totals."""
+        self._roll_forward(db)
+        sums = (
+            "SELECT tool, COUNT(DISTINCT call), COUNT(*), SUM(status = 'success' OR late IS 'success'),"
+            f" SUM(blocked) FROM runs WHERE {where} GROUP BY tool"
+        )
+        for row in db.execute(sums, scope).fetchall():
             db.execute(
-                "INSERT INTO events (kind, at, wf, detail) VALUES ('reset', ?, ?, ?)",
-                (self.clock.wall(), wf, "everything" if wf is None else ""),
+                "UPDATE totals SET actions = actions - ?2, claims = claims - ?3, executed = executed - ?4,"
+                " blocked = blocked - ?5 WHERE tool = ?1",
+                row,
             )
+        db.execute(f"DELETE FROM runs WHERE {where}", scope)
 
-        self._submit(forget, durable=self.sync != "off")
-
-    def put(self, record: Record) -> None:
-        """Write a call as it is described, replacing what is there."""
-        row = _row_of(record)
-
-        def write(db: sqlite3.Connection) -> None:
-            db.execute("DELETE FROM runs WHERE call = ?", (record.call,))
-            db.execute(f"INSERT INTO runs ({_COLUMNS}) VALUES ({', '.join('?' * len(row))})", row)
-
-        self._submit(write, durable=True)
+    def get(self, id: str) -> Record | None:
+        """`look`, by its name in the six methods."""
+        return self.look(id)
 
     def claim(self, record: Record) -> bool:
         """Insert a call as it is described, if it is absent."""
-        row = _row_of(record)
-        insert = functools.partial(lambda db: db.execute(_INSERT_FIRST, row).rowcount == 1)
+
+        def insert(db: sqlite3.Connection) -> bool:
+            absent = not _select_quick(db, record.call)
+            if absent:
+                _insert_row(db, _row_of(record))
+            return absent
+
         return bool(self._submit(insert, durable=True))
+
+    def put(self, record: Record) -> None:
+        """Write a call as it is described, replacing what is there."""
+
+        def replace(db: sqlite3.Connection) -> None:
+            db.execute("DELETE FROM runs WHERE call = ?", (record.call,))
+            _insert_row(db, _row_of(record))
+
+        self._submit(replace, durable=True)
 
     def delete(self, id: str) -> None:
         """Remove a call."""
 
         def remove(db: sqlite3.Connection) -> None:
-            db.execute("DELETE FROM runs WHERE call = ?", (id,))
+            self._forget(db, "call = :call", {"call": id})
             db.execute("DELETE FROM tallies WHERE call = ?", (id,))
 
         self._submit(remove, durable=True)
+
+    def all(self, wf: str | None = None) -> Iterator[Record]:
+        """The record of every call, or of those of one workflow, oldest first."""
+        return (record for record, _ in self.calls(wf=wf))
 
     def clear(self, wf: str | None = None) -> None:
         """`reset`, by its name in the six methods."""
@@ -3427,105 +2974,178 @@ class SqliteStore(Store):
     def close(self) -> None:
         """Finish what is pending and close the file; it opens again when it is used again."""
         super().close()
-        with self._gate:
-            self._close_connections()
-
-    def _close_connections(self) -> None:
-        while self._readers:
-            self._readers.pop().close()
-            self._reading -= 1
-        if self._db is not None:
-            self._db.close()
-            self._db = None
-        self._synchronous = self._registered = ""
+        for door in self._doors:
+            with door.lock:
+                door.close()
+        self._synchronous, self._identity = "", None
 
     # -- async callers: a thread leads for them, the loop never waits --
 
-    async def transact_async(self, op: Op) -> _Verdict:
-        """`transact` without blocking the event loop; a cancelled claim that was not taken is withdrawn."""
+    async def transact_async(self, op: Op) -> Verdict:
+        """`transact` without blocking the event loop; an operation of a cancelled caller is withdrawn."""
         import asyncio
 
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[_Verdict] = loop.create_future()
-        item = _Item(
-            op,
-            self._is_durable(op),
-            time.monotonic() + self.lock_seconds,
-            lambda item: _call_loop(loop, _resolve_future, future, item),
-        )
-        with self._mutex:
-            self._queue.append(item)
-            leads = not self._led
-            self._led = True
-            if leads:
-                self._wake_writer()
+        told = loop.create_future()
+
+        def tell() -> None:
+            if not told.done():
+                told.set_result(None)
+
+        item = _Item(functools.partial(self._perform, op), self._is_durable(op))
+        item.ring = functools.partial(_call_loop, loop, tell)
+        if self._enqueue(item):
+            self._wake_writer()
         try:
-            return await future
-        except (asyncio.CancelledError, GeneratorExit):
-            if isinstance(op, _Claim) and not self._withdraw(item):
-                item.deliver = functools.partial(_abandon_claim, self)
-                if item.done:
-                    item.deliver(item)
+            await told
+        except BaseException:
+            self._withdraw(item)
             raise
-
-    def _wake_writer(self) -> None:
-        """Let the writer thread lead. With the mutex held."""
-        if self._writer_bell is None:
-            self._writer_bell = threading.Lock()
-            threading.Thread(
-                target=self._write_for_loops, args=(self._writer_bell,), name="ledger-writer", daemon=True
-            ).start()
-        elif self._writer_bell.locked():
-            self._writer_bell.release()
-
-    def _write_for_loops(self, bell: threading.Lock) -> None:
-        while self._writer_bell is bell:
-            if bell.acquire(timeout=60) and self._writer_bell is bell and self._pid == os.getpid():
-                self._lead(None)
+        if item.error is not None:
+            raise item.error
+        return cast("Verdict", item.answer)
 
     async def rows_async(self, call: str) -> list[Run]:
-        """`rows`; a read of a few pages that waits for nobody."""
-        return self.rows(call)
+        """`rows`, on the connection that waits for no commit."""
+        return self._read([], _select_rows, call, door=self._reader)
+
+    async def quick_async(self, call: str) -> Sequence[tuple[str, int, str | None, int]]:
+        """`quick`, on the connection that waits for no commit."""
+        return self._read([], _select_quick, call, door=self._reader)
 
     # -- fork --
 
     def _before_fork(self) -> None:
         """Close everything: a child with its own connection beside an inherited one loses commits."""
-        self._fork_waits = True
-        self._forking = self._gate.acquire(timeout=5)
-        busy = self._db is not None and self._db.in_transaction
-        limit = time.monotonic() + 1
-        while self._forking and not busy and time.monotonic() < limit:
-            self._close_connections()  # as they come back: nobody can take one out again
-            if not self._reading:
-                return
-            time.sleep(0.0005)  # another thread is reading: a matter of microseconds
-        self._broken = "fork"
+        self._forking = True
+        self._held = [door for door in self._doors if door.lock.acquire(timeout=5)]
+        db = self._writer.db
+        self._broken = len(self._held) < len(self._doors) or (db is not None and db.in_transaction)
+        if not self._broken:
+            self._close_for_fork()
+
+    def _close_for_fork(self) -> None:
+        for door in self._doors:
+            door.close()
+        self._synchronous = ""
 
     def _after_fork_in_parent(self) -> None:
-        self._broken = ""
-        self._fork_waits = False
-        if self._forking:
-            self._gate.release()
+        self._broken = self._forking = False
+        for door in self._held:
+            door.lock.release()
+        self._held = []
 
     def _after_fork_in_child(self) -> None:
         broken = self._broken
-        self._start_afresh()
+        self._begin()
         self._broken = broken
 
 
+class MemoryStore(SqliteStore):
+    """A store without a file, for tests: as long as the process, and for it alone."""
+
+    def __init__(self, *, clock: Clock | None = None) -> None:
+        super().__init__(":memory:", sync="off", clock=clock)
+        self.path = "memory://"
+
+    def _read(self, absent: T, query: Callable[..., T], *values: Any, door: _Door | None = None) -> T:
+        """A database in memory is its connection."""
+        with self._writer.lock:
+            return query(self._connection(), *values)
+
+    def _open(self) -> sqlite3.Connection:
+        db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        self._prepare(db)
+        return db
+
+    def _refuse_replaced(self) -> None:
+        """There is no file that could be."""
+
+    def count(self, kind: str, claim: Claim, run: int, error: str | None = None) -> None:
+        """Count an attempt at once: tests want to look."""
+        super().count(kind, claim, run, error)
+        self.flush()
+
+    def close(self) -> None:
+        """Finish what is pending; what is recorded stays."""
+        Store.close(self)
+
+    def _close_for_fork(self) -> None:
+        """The child goes on with a copy."""
+
+    def _after_fork_in_child(self) -> None:
+        db = self._writer.db
+        super()._after_fork_in_child()
+        self._writer.db = db
+
+
+_Mem = MemoryStore
+
+_SETTLED: Final = Verdict("settled")
+_RENEWED: Final = Verdict("renewed")
 _INSERT_FIRST: Final = (
-    f"INSERT INTO runs ({_COLUMNS}) SELECT {', '.join(f'?{n + 1}' for n in range(len(Run._fields)))}"
+    f"INSERT INTO runs ({', '.join(Run._fields[:12])}, forced) SELECT {', '.join(f'?{n}' for n in range(1, 14))}"
     " WHERE NOT EXISTS (SELECT 1 FROM runs WHERE call = ?1) ON CONFLICT DO NOTHING"
 )
-_HOT: Final[dict[Any, Callable[[SqliteStore, sqlite3.Connection, Any], _Verdict | None]]] = {
-    _Claim: SqliteStore._claim_first,
-    _Settle: SqliteStore._settle_own,
-    _Renew: SqliteStore._renew_own,
-}
+_SETTLE_OPEN: Final = (
+    "UPDATE runs SET status = ?, ended = ?, closed_by = owner, result = ?, error = ?, trace = ?"
+    " WHERE call = ? AND run = ? AND owner = ? AND status = 'running'"
+)
+_RENEW_OPEN: Final = (
+    "UPDATE runs SET lease = ?, mono = ? WHERE call = ? AND run = ? AND owner = ? AND status = 'running'"
+)
+_OPEN_ENDS: Final = """
+SELECT tool, CASE status WHEN 'doubt' THEN 'in_doubt' ELSE status END, COUNT(*)
+  FROM runs AS r INDEXED BY open_ends
+ WHERE status <> 'running' AND status <> 'success'
+   AND (status <> 'doubt' OR NOT released AND late IS NOT 'success')
+   AND NOT EXISTS (SELECT 1 FROM runs AS l WHERE l.call = r.call AND l.run > r.run)
+ GROUP BY tool, status
+"""
+_TALLY_SUMS: Final = "SELECT tool, COUNT(*), SUM(ran + raised), SUM(ran) FROM tallies GROUP BY tool"
+_ADD_TALLY: Final = (
+    "INSERT INTO tallies VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?9) ON CONFLICT (call) DO UPDATE SET"
+    " ran = ran + ?6, raised = raised + ?7, error = ?8, touched = ?9"
+)
 
 
-def _is_busy(error: sqlite3.Error) -> bool:
+def _select_quick(db: sqlite3.Connection, call: str) -> list[Any]:
+    return db.execute(
+        "SELECT status, released, result, run FROM runs WHERE call = ? ORDER BY run", (call,)
+    ).fetchall()
+
+
+def _select_rows(db: sqlite3.Connection, call: str) -> list[Run]:
+    found = db.execute(f"SELECT {_COLUMNS} FROM runs WHERE call = ? ORDER BY run", (call,))
+    return list(map(Run._make, found))
+
+
+def _insert_row(db: sqlite3.Connection, row: Run) -> None:
+    db.execute(f"INSERT INTO runs ({_COLUMNS}) VALUES ({', '.join('?' * len(row))})", row)
+
+
+def _row_of(record: Record) -> Run:
+    """A record as a single run, for stores that are filled from outside."""
+    closed_by = None if record.status is Status.RUNNING else record.owner
+    return Run(
+        record.call, record.run, record.tool, record.wf, record.caller, record.owner, record.key,
+        record.args_json, None, record.started, record.lease, 0, record.status.value, record.result_json,
+        record.error, None, record.ended, closed_by, int(record.released), 0, record.late,
+        record.ended if record.late else None, record.blocked,
+    )  # fmt: skip
+
+
+def _record_of_tally(row: Sequence[Any]) -> Record:
+    call, tool, wf, caller, args, ran, raised, error, created, touched = row
+    return Record(
+        id=call, call=call, run=0, tool=tool, wf=wf, caller=caller, owner="", key=None, args_json=args,
+        status=Status.FAILED if error else Status.SUCCESS, result_json=None, error=error,
+        attempts=ran + raised, runs=ran, blocked=0, created=created, touched=touched, started=touched,
+        ended=touched, lease=touched, released=False,
+    )  # fmt: skip
+
+
+def _is_busy(error: BaseException) -> bool:
     code = getattr(error, "sqlite_errorcode", None) or 0
     return code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
@@ -3548,21 +3168,11 @@ def _statements(script: str) -> Iterator[str]:
             part = ""
 
 
-def _record_of_tally(row: Sequence[Any]) -> Record:
-    call, tool, wf, caller, args, ran, raised, error, created, touched = row
-    return Record(
-        id=call, call=call, run=0, tool=tool, wf=wf, caller=caller, owner="", key=None, args_json=args,
-        status=Status.FAILED if error else Status.SUCCESS, result_json=None, error=error,
-        attempts=ran + raised, runs=ran, blocked=0, created=created, touched=touched, started=touched,
-        ended=touched, lease=touched, released=False,
-    )  # fmt: skip
-
-
 def _file_system(folder: str) -> str:
     """The type of the file system that a folder is on, from the mount table; "" where unknown."""
     best, kind = -1, ""
     real = os.path.realpath(folder)
-    for line in _read("/proc/self/mountinfo").splitlines():
+    for line in _read_file("/proc/self/mountinfo").splitlines():
         left, _, right = line.partition(" - ")
         point = left.split()[4].encode().decode("unicode_escape")
         inside = real == point or real.startswith(point.rstrip("/") + "/")
@@ -3571,54 +3181,38 @@ def _file_system(folder: str) -> str:
     return kind
 
 
-def _call_loop(loop: Any, function: Any, *args: Any) -> None:
+def _call_loop(loop: Any, function: Callable[[], object]) -> None:
     try:
-        loop.call_soon_threadsafe(function, *args)
+        loop.call_soon_threadsafe(function)
     except RuntimeError:  # the loop was closed: nobody waits any more
         pass
 
 
-def _resolve_future(future: Any, item: _Item) -> None:
-    if not future.done():
-        if item.error is not None:
-            future.set_exception(item.error)
-        else:
-            future.set_result(item.answer)
-
-
-def _abandon_claim(store: Store, item: _Item) -> None:
-    """A claim whose caller was cancelled meanwhile: its run was never entered, say so."""
-    verdict = item.answer
-    if item.error is None and verdict.kind == "granted":
-        store.keeper.keep(_not_entered(verdict.row))
-
-
-def _not_entered(row: Run) -> _Settle:
-    return _make(
-        _Settle, call=row.call, token=row.owner, run=row.run, status="failed", result=None,
-        error="NotPerformed: the tool was not entered", trace=None,
-    )  # fmt: skip
-
-
 _forked: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
-_forks_hooked = False
 
 
-def _each_store(act: Callable[[SqliteStore], None]) -> None:
+def _before_fork() -> None:
+    _importing.acquire(timeout=5)
     for store in list(_forked):
-        act(store)
+        store._before_fork()
 
 
-def _track_forks(store: SqliteStore) -> None:
-    global _forks_hooked
-    _forked.add(store)
-    if not _forks_hooked and hasattr(os, "register_at_fork"):
-        _forks_hooked = True
-        os.register_at_fork(
-            before=functools.partial(_each_store, SqliteStore._before_fork),
-            after_in_parent=functools.partial(_each_store, SqliteStore._after_fork_in_parent),
-            after_in_child=functools.partial(_each_store, SqliteStore._after_fork_in_child),
-        )
+def _after_fork_in_parent() -> None:
+    _ring(_importing)
+    for store in list(_forked):
+        store._after_fork_in_parent()
+
+
+def _after_fork_in_child() -> None:
+    _ring(_importing)
+    for store in list(_forked):
+        store._after_fork_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+    )
 
 
 # ═══ Policies ═════════════════════════════════════════════════════════════════════════
@@ -3722,51 +3316,57 @@ def _check_options(options: Any) -> None:
         if name in options and not valid(options[name]):
             raise PolicyError(f"{name}={options[name]!r} is not {what}")
     for name in ("no_effect", "suspends"):
-        if name in options:
-            _types(options[name])
-    for one, other, why in _CONTRADICTIONS:
-        if one(options) and other(options):
+        _types(options.get(name, ()))
+    for contradicts, why in _CONTRADICTIONS:
+        if contradicts(options):
             raise PolicyError(f"the policy contradicts itself: {why}")
 
 
 def _is_seconds(value: Any) -> bool:
-    return _micros(value) > 0 if not isinstance(value, bool | str) else False
+    return not isinstance(value, bool | str) and _micros(value) > 0
 
 
 def _are_names(value: Any) -> bool:
     return isinstance(value, str | list | tuple | set | frozenset) and all(isinstance(n, str) for n in value)
 
 
+def _is_bool(value: Any) -> bool:
+    return type(value) is bool
+
+
+_RECORDS: Final = ("all", "no-result", "no-args", "nothing")
 _RANGES: Final[tuple[tuple[str, Callable[[Any], bool], str], ...]] = (
     ("max", lambda v: type(v) is int and v >= 1, "a whole number from 1 on"),
     ("ttl", lambda v: v is None or _is_seconds(v), "a positive number of seconds or a timedelta"),
     ("timeout", _is_seconds, "a positive number of seconds or a timedelta"),
     ("wait", lambda v: v == 0 or _is_seconds(v), "a number of seconds from 0 on or a timedelta"),
-    ("record", lambda v: v in ("all", "no-result", "no-args", "nothing"), "all, no-result, no-args or nothing"),
+    ("record", lambda v: v in _RECORDS, "all, no-result, no-args or nothing"),
     ("on_doubt", lambda v: v in ("rerun", "block") or callable(v), "'rerun', 'block' or a function"),
     ("key", lambda v: v is None or callable(v) or (_are_names(v) and len(v) > 0), "a list of parameters or a function of them"),
     ("ignore", _are_names, "a list of names"),
     ("match", _are_names, "a list of names"),
     ("redact", _are_names, "a list of names"),
-    ("unlimited", lambda v: type(v) is bool, "True or False"),
-    ("replay", lambda v: type(v) is bool, "True or False"),
-    ("irreversible", lambda v: type(v) is bool, "True or False"),
+    ("unlimited", _is_bool, "True or False"),
+    ("replay", _is_bool, "True or False"),
+    ("irreversible", _is_bool, "True or False"),
     ("name", lambda v: v is None or (type(v) is str and v != ""), "a name"),
 )  # fmt: skip
-_CONTRADICTIONS: Final[tuple[tuple[Callable[[Any], Any], Callable[[Any], Any], str], ...]] = (
+_MEANINGLESS: Final = frozenset({"max", "ttl", "wait", "match", "on_doubt"})
+_CONTRADICTIONS: Final[tuple[tuple[Callable[[Any], Any], str], ...]] = (
     (
-        lambda o: o.get("unlimited"),
-        lambda o: {"max", "ttl", "wait", "match", "on_doubt"} & o.keys() or o.get("replay") or o.get("irreversible"),
+        lambda o: o.get("unlimited") and (_MEANINGLESS & o.keys() or o.get("replay") or o.get("irreversible")),
         "an unlimited tool runs every time, so max, ttl, replay, wait, match, on_doubt and irreversible mean nothing",
     ),
-    (lambda o: "wait" in o, lambda o: o.get("replay") is False, "wait needs replay=True"),
+    (lambda o: "wait" in o and o.get("replay") is False, "wait needs replay=True"),
     (
-        lambda o: o.get("replay"),
-        lambda o: o.get("record") in ("no-result", "nothing"),
+        lambda o: o.get("replay") and o.get("record") in ("no-result", "nothing"),
         "a result that is not recorded cannot be replayed",
     ),
-    (lambda o: o.get("irreversible"), lambda o: o.get("on_doubt") == "rerun", "an irreversible tool cannot rerun in doubt"),
-    (lambda o: o.get("key"), lambda o: o.get("ignore"), "key says what counts, so ignore means nothing"),
+    (
+        lambda o: o.get("irreversible") and o.get("on_doubt") == "rerun",
+        "an irreversible tool cannot rerun in doubt",
+    ),
+    (lambda o: o.get("key") and o.get("ignore"), "key says what counts, so ignore means nothing"),
 )  # fmt: skip
 
 
@@ -3793,14 +3393,12 @@ def _layered(*layers: PolicyOptions) -> PolicyOptions:
     """Later layers win; what an earlier one says against them is dropped."""
     merged: dict[str, Any] = {}
     for layer in reversed(layers):
-        for name, value in layer.items():
-            if name in merged:
-                continue
+        for name in layer.keys() - merged.keys():
             try:
-                _check_options({**merged, name: value})
+                _check_options({**merged, name: layer[name]})
             except PolicyError:
                 continue
-            merged[name] = value
+            merged[name] = layer[name]
     return cast("PolicyOptions", merged)
 
 
@@ -3810,66 +3408,26 @@ def _layered(*layers: PolicyOptions) -> PolicyOptions:
 def _notice(text: str) -> None:
     """A line on stderr; stdout belongs to the program."""
     stream = sys.stderr
-    if stream is None:
-        return
     try:
         stream.write(f"[ledger] {text}\n")
     except UnicodeEncodeError:
         stream.write(f"[ledger] {text.encode('ascii', 'replace').decode()}\n")
-    except (OSError, ValueError):  # closed: a notice is not worth an error
+    except (AttributeError, OSError, ValueError):  # none, or closed: a notice is not worth an error
         pass
+
+
+def _logger() -> Any:
+    import logging
+
+    return logging.getLogger("ledger")
 
 
 def _warn(text: str, *, error: BaseException | None = None) -> None:
     """Something that must not pass unseen, also when the guard is quiet."""
-    import logging
-
-    logging.getLogger("ledger").warning(text, exc_info=error)
-
-
-def _log_debug(text: str, *values: object) -> None:
-    import logging
-
-    logging.getLogger("ledger").debug(text, *values)
+    _logger().warning(text, exc_info=error)
 
 
 # ═══ One attempt ══════════════════════════════════════════════════════════════════════
-
-
-class _Ask:
-    """One attempt: what was asked for, and how far it has come."""
-
-    __slots__ = (
-        "__weakref__", "args", "bound", "claim", "current", "ending", "entered", "guard", "kwargs", "open",
-        "pid", "policy", "rows", "run", "sent", "shown", "store", "tool", "waited",
-    )  # fmt: skip
-
-    guard: Guard
-    tool: _Tool
-    policy: Policy
-    store: Store
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    bound: dict[str, Any]
-    claim: _Claim
-    shown: _Shown
-    rows: Sequence[Any]
-    current: Current
-    ending: _Settle | None
-
-    def __init__(self) -> None:
-        self.run = 0
-        self.open = self.entered = self.waited = False
-        self.ending = None
-        self.pid = os.getpid()
-        self.sent = 0.0
-
-    def lost(self) -> None:
-        """The keeper found the run taken over."""
-        _warn(
-            f"{_short(self.claim.tool)} (call {self.claim.call}): run {self.run} was silent for longer "
-            "than its timeout and was taken over while it still runs; its end will be recorded as late"
-        )
 
 
 class _Reply(NamedTuple):
@@ -3877,17 +3435,23 @@ class _Reply(NamedTuple):
     value: Any
     error: BaseException | None = None
 
+    def given(self) -> Any:
+        """The value, or what the tool raised."""
+        if self.error is not None:
+            raise self.error
+        return self.value
+
 
 #: what an attempt asks its driver to do: (what, argument)
 _Step = tuple[Literal["transact", "rows", "wait", "run", "user"], Any]
 
-_running: contextvars.ContextVar[tuple[_Ask, ...]] = contextvars.ContextVar("ledger_running", default=())
+_running: contextvars.ContextVar[tuple[_Attempt, ...]] = contextvars.ContextVar("ledger_running", default=())
 
 
 def current() -> Current | None:
     """The run that is going on, or None outside a guarded tool."""
-    asks = _running.get()
-    return asks[-1].current if asks else None
+    attempts = _running.get()
+    return attempts[-1].current if attempts else None
 
 
 def idempotency_key() -> str:
@@ -3901,221 +3465,302 @@ def idempotency_key() -> str:
     return run.idempotency_key
 
 
-class _Course:
-    """The life of one attempt, once for sync and async: yields what must be waited for."""
+class _Attempt:
+    """One attempt at a call. `steps` is its life, once for sync and async: it yields what takes time."""
 
-    def __init__(self, ask: _Ask) -> None:
-        self.ask = ask
-        self.guard = ask.guard
-        self.deadline = time.monotonic() + ask.policy.wait
+    __slots__ = (
+        "__weakref__", "args", "bound", "claim", "current", "ending", "entered", "guard", "is_new", "kwargs",
+        "open", "pid", "policy", "run", "sent", "shown", "store", "tool", "waited",
+    )  # fmt: skip
+
+    def __init__(
+        self, guard: Guard, tool: _Tool, claim: Claim, args: tuple[Any, ...], kwargs: dict[str, Any],
+        bound: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.guard, self.tool, self.policy, self.claim = guard, tool, tool.policy, claim
+        self.args, self.kwargs, self.bound = args, kwargs, bound
+        self.store = guard._opened or guard._open()
+        self.run = 0
+        #: a claim was sent and its run is not settled yet; the tool was entered; a live run was waited for
+        self.open = self.entered = self.waited = False
+        #: a look a moment ago found no run of this call
+        self.is_new = False
+        self.ending: Settle | None = None
+        self.current: Current
+        self.shown: _Shown
+        self.pid: int
+        self.sent: float
+
+    def prepare(self) -> Self:
+        """What only an attempt that may run needs."""
+        claim, bound = self.claim, self.bound
+        self.pid = os.getpid()
+        self.shown = _Shown(self.policy.redact)
+        text = self.shown.text({n: bound[n] for n, _ in self.tool.ordered})
+        key = claim.key
+        if key and self.shown.secrets:
+            key = json.dumps(self.shown.scrub(json.loads(key)))
+        self.claim = claim._replace(
+            token=new_token(),
+            args=text if self.policy.record in ("all", "no-result") else None,
+            caller=claim.caller or f"pid {self.pid}",
+            key=key,
+        )
+        if key is None and not self.policy.unlimited:
+            self.guard._watch_burst(self.claim, self.policy, text)
+        return self
 
     def steps(self) -> Generator[_Step, Any, _Reply]:
-        ask = self.ask
-        if ask.policy.unlimited:
+        """Claim, run and settle; or answer what a duplicate gets."""
+        if self.policy.unlimited:
             return (yield from self._unlimited())
-        verdict: _Verdict | None = None
-        rows = (yield ("rows", None)) if ask.rows else []
+        deadline = time.monotonic() + self.policy.wait
+        rows: list[Run] = [] if self.is_new else (yield ("rows", None))
         while True:
-            if rows:
-                verdict = ask.claim.judge(rows, ask.store.now_for(rows))
-            if not rows or verdict is None or verdict.kind == "run":
+            verdict = self.claim.judge(rows, self.store.now_for(rows)) if rows else None
+            if verdict is None or verdict.kind == "run":
                 verdict = yield from self._claim()
             if verdict.kind == "granted":
                 return (yield from self._enter(verdict))
-            reply = yield from self._refused(verdict)
+            reply = yield from self._refused(verdict, deadline)
             if reply is not None:
                 return reply
-            verdict = None
             rows = yield ("rows", None)
 
-    def _claim(self) -> Generator[_Step, Any, _Verdict]:
-        ask = self.ask
-        ask.sent = time.monotonic()
-        ask.open = True
+    def _claim(self) -> Generator[_Step, Any, Verdict]:
+        self.sent = time.monotonic()
+        self.open = True
         try:
-            verdict: _Verdict = yield ("transact", ask.claim)
-        except StoreError:  # the claim may stand although its reply was lost: close it, once
-            ask.open = False
-            ask.store.keeper.keep(_not_entered(ask.claim.first_row(0, 0)), once=True)
+            verdict: Verdict = yield ("transact", self.claim)
+        except LedgerError:  # the claim may stand although its reply was lost: close it, once
+            self.open = False
+            self.store.keeper.keep(_not_entered(self.claim, 1), once=True)
             raise
-        if verdict.kind != "granted":
-            ask.open = False
+        self.open = verdict.kind == "granted"
         if verdict.kind == "lost":
-            ask.claim.token = new_token()
+            self.claim = self.claim._replace(token=new_token())
         return verdict
 
-    def _refused(self, verdict: _Verdict) -> Generator[_Step, Any, _Reply | None]:
+    def _refused(self, verdict: Verdict, deadline: float) -> Generator[_Step, Any, _Reply | None]:
         """What a duplicate gets; None to look again."""
-        ask, row = self.ask, verdict.row
+        row = verdict.row
         if verdict.kind == "lost" or row is None:
             return None
         self._refuse_mismatch(row)
         if verdict.kind == "done":
-            return self.guard._answer_done(ask, row.run, row.result)
+            return self.answer_done(row.run, row.result)
         if verdict.kind == "reconcile":
             return (yield from self._reconcile(row))
-        record = ask.store.describe([row])
+        record = self.store.describe([row])
         if verdict.kind == "doubt":
-            self.guard._count(ask, row.run)
-            self.guard._tell(self.guard._on_doubt, record)
-            raise InDoubt(_doubt_text(record), record)
+            raise self._in_doubt(record._replace(in_doubt=True))
+        if not self.policy.replay:
+            return self._answer_blocked(row.run, "is running")
         own = any(a.claim.token == row.owner for a in _running.get())
-        if not ask.policy.replay:
-            return self.guard._answer_blocked(ask, row.run, "is running")
-        left = self.deadline - time.monotonic()
+        left = deadline - time.monotonic()
         if own or left <= 0:
-            self.guard._count(ask, row.run)
+            self._count(row.run)
             why = "is what this call is part of" if own else "is still running"
             raise InProgress(
                 f"call {record.short} ({record.call}) {why} in {record.holder} since "
                 f"{_clock_text(record.started)}; wait for it, or allow more with wait=…",
                 record,
             )
-        ask.waited = True
-        yield ("wait", left)
+        self.waited = True
+        yield ("wait", min(left, 0.002 + (self.policy.wait - left) / 8, 0.05))
         return None
+
+    def _in_doubt(self, record: Record, why: str = "") -> InDoubt:
+        self._count(record.run)
+        self.guard._tell_doubt(record)
+        return InDoubt(
+            f"{record.short} did not run: run {record.run} of call {record.call}, started at "
+            f"{_clock_text(record.started)} in {record.holder}, ended without a known outcome"
+            f"{f' ({record.error})' if record.error else ''}; find out whether it took effect, then "
+            f"guard.resolve(fn, …, result=…) or guard.resolve(fn, …, done=False){why}",
+            record,
+        )
 
     def _refuse_mismatch(self, row: Run) -> None:
         """Parameters named in match= must be what they were."""
-        if not (self.ask.claim.matched and row.matched):
+        if not (self.claim.matched and row.matched):
             return
-        theirs, ours = json.loads(row.matched), json.loads(self.ask.claim.matched)
+        theirs, ours = json.loads(row.matched), json.loads(self.claim.matched)
         differ = sorted(n for n in ours if n in theirs and ours[n] != theirs[n])
         if differ:
-            self.guard._count(self.ask, row.run)
+            self._count(row.run)
             raise KeyConflict(
                 f"{_short(row.tool)} did not run: call {row.call} was made before with another "
                 f"{', '.join(differ)}; use another key for another action",
-                self.ask.store.describe([row]),
+                self.store.describe([row]),
             )
 
     def _reconcile(self, row: Run) -> Generator[_Step, Any, _Reply | None]:
         """Ask the user's function what really happened; nothing is written before its answer."""
-        ask = self.ask
-        record = ask.store.describe([row])._replace(in_doubt=True)
+        record = self.store.describe([row])._replace(in_doubt=True)
         try:
-            answer = yield ("user", (ask.policy.on_doubt, record))
+            answer = yield ("user", (self.policy.on_doubt, record))
         except Exception as error:
-            self.guard._count(ask, row.run)
-            raise InDoubt(f"{_doubt_text(record)} (reconcile failed: {error!r})", record) from error
+            raise self._in_doubt(record, f" (reconcile failed: {error!r})") from error
         if answer is STILL_UNKNOWN:
-            self.guard._count(ask, row.run)
-            raise InDoubt(_doubt_text(record), record)
+            raise self._in_doubt(record)
         if answer is NOT_DONE:
-            ask.claim.not_done = (row.run, row.owner)
+            self.claim = self.claim._replace(not_done=(row.run, row.owner))
             verdict = yield from self._claim()
             return (yield from self._enter(verdict)) if verdict.kind == "granted" else None
-        op = _make(
-            _Resolve, call=row.call, token=new_token(), run=row.run, owner=row.owner, done=True,
-            result=self._stored(answer), reconciled=True, why="reconcile: done",
-        )  # fmt: skip
-        yield ("transact", op)
+        result = self.stored(answer)
+        yield (
+            "transact",
+            Resolve(row.call, new_token(), row.run, row.owner, True, result, True, "reconcile: done"),
+        )
         return None
 
-    def _enter(self, verdict: _Verdict) -> Generator[_Step, Any, _Reply]:
+    def _enter(self, verdict: Verdict) -> Generator[_Step, Any, _Reply]:
         """Run the tool; whatever it does, its run is settled."""
-        ask, claim, row = self.ask, self.ask.claim, verdict.row
-        assert row is not None
-        ask.run = row.run
+        claim, row = self.claim, cast("Run", verdict.row)
+        self.run = row.run
         if verdict.closed is not None:
-            self.guard._tell(self.guard._on_doubt, ask.store.describe([verdict.closed]))
-        if time.monotonic() - ask.sent > claim.lease / _MICROS:  # a stall: is it still mine?
-            renewal = _make(_Renew, call=claim.call, token=claim.token, run=ask.run, lease=claim.lease)
-            if (yield ("transact", renewal)).kind != "renewed":
-                ask.open = False
-                raise InProgress(f"run {ask.run} of {_short(claim.tool)} was taken over before it began")
+            self.guard._tell_doubt(self.store.describe([verdict.closed]))
+        stalled = time.monotonic() - self.sent > claim.lease / _MICROS
+        if stalled and (yield ("transact", Renew(claim, self.run))).kind != "renewed":
+            self.open = False
+            raise InProgress(f"run {self.run} of {_short(claim.tool)} was taken over before it began")
         key = f"{claim.call}-{verdict.anchor}"
-        ask.current = Current(claim.call, ask.run, claim.tool, claim.wf, claim.caller, key)
-        ask.store.keeper.watch(ask)
+        self.current = Current(claim.call, self.run, claim.tool, claim.wf, claim.caller, key)
+        self.store.keeper.watch(self)
         value, error = yield ("run", None)
-        if os.getpid() != ask.pid:  # a forked child came back out of the tool: the run is the parent's
-            ask.open = False
-            return _Reply("executed", value, error)
-        ask.ending = self._ending(value, error)
-        yield from self._settle(ask.ending)
-        ask.open = False
+        if os.getpid() == self.pid:  # else a forked child came back out of the tool: the run is the parent's
+            self.ending = self._ending_of(value, error)
+            yield from self._settle(self.ending)
+        self.open = False
         return _Reply("executed", value, error)
 
-    def _ending(self, value: Any, error: BaseException | None) -> _Settle:
-        ask = self.ask
-        status, result, text, trace = "success", None, None, None
+    def _ending_of(self, value: Any, error: BaseException | None) -> Settle:
         if error is None:
-            result = self._stored(value)
-        else:
-            status = self._status_of(error)
-            text = ask.shown.clean(_error_text(error))
-            trace = None if status == "suspended" else ask.shown.clean(_trace_text(error))
-        return _make(
-            _Settle, call=ask.claim.call, token=ask.claim.token, run=ask.run, status=status,
-            result=result, error=text, trace=trace,
-        )  # fmt: skip
+            return Settle(self.claim, self.run, "success", self.stored(value))
+        status = self._status_of(error)
+        trace = None if status == "suspended" else self.shown.clean(_trace_text(error))[-8000:]
+        return Settle(self.claim, self.run, status, None, self.shown.clean(_error_text(error))[:2000], trace)
 
     def _status_of(self, error: BaseException) -> str:
-        policy = self.ask.policy
         names = {f"{c.__module__}.{c.__qualname__}" for c in type(error).__mro__}
-        if isinstance(error, policy.suspends) or not names.isdisjoint(known_suspends):
+        if isinstance(error, self.policy.suspends) or not names.isdisjoint(known_suspends):
             return "suspended"
-        if isinstance(error, (NotPerformed, *policy.no_effect)):
+        if isinstance(error, (NotPerformed, *self.policy.no_effect)):
             return "failed"
-        return "failed" if isinstance(error, Exception) and not policy.irreversible else "doubt"
+        return "failed" if isinstance(error, Exception) and not self.policy.irreversible else "doubt"
 
-    def _stored(self, value: Any) -> str | None:
+    def stored(self, value: Any) -> str | None:
         """The result as it is kept; None when it must not or cannot be."""
-        if self.ask.policy.record in ("no-result", "nothing"):
+        if self.policy.record in ("no-result", "nothing"):
             return None
         try:
             text = _store_form(value)
-        except _Unstorable as error:
-            self.guard._say(f"{_short(self.ask.claim.tool)}: its result is not kept: {error}")
-            return None
-        if self.ask.shown.leaks_into(text):
+        except Exception as error:  # also what a lazy attribute raises: the tool has run, its end counts
             self.guard._say(
-                f"{_short(self.ask.claim.tool)}: its result is not kept: it repeats a secret argument"
+                f"{_short(self.claim.tool)}: its result is not kept: {type(value).__name__} ({error})"
+            )
+            return None
+        if self.shown.secrets and self.shown.leaks_into(text):
+            self.guard._say(
+                f"{_short(self.claim.tool)}: its result is not kept: it repeats a secret argument"
             )
             return None
         return text
 
-    def _settle(self, ending: _Settle) -> Generator[_Step, Any, None]:
-        ask, keeper = self.ask, self.ask.store.keeper
+    def _settle(self, ending: Settle) -> Generator[_Step, Any, None]:
+        claim, keeper = self.claim, self.store.keeper
         try:
             try:
-                verdict: _Verdict = yield ("transact", ending)
+                verdict: Verdict = yield ("transact", ending)
             except StoreError as error:
                 if not error.full:
                     raise
-                ask.store.make_room()
+                self.store.make_room()
                 verdict = yield ("transact", ending)
         except (StoreError, OSError) as error:
-            keeper.keep(ending, ask)
-            ask.open = False
+            keeper.keep(ending, self)
             _warn(
-                f"{_short(ask.claim.tool)} (call {ask.claim.call}) ended as {ending.status.upper()}, but the "
+                f"{_short(claim.tool)} (call {claim.call}) ended as {ending.status.upper()}, but the "
                 f"ledger could not record it: {error}. It is kept in memory and tried again until this "
                 "process ends; if that fails, the call is in doubt"
             )
             return
-        keeper.forget(ask.claim.token)
+        keeper.forget(claim.token)
         if verdict.kind != "settled":
             _warn(
-                f"{_short(ask.claim.tool)} (call {ask.claim.call}): run {ask.run} had been given up when it "
+                f"{_short(claim.tool)} (call {claim.call}): run {self.run} had been given up when it "
                 f"ended as {ending.status.upper()}; "
                 f"{'recorded as a late end' if verdict.kind == 'late' else 'its call was reset'}"
             )
-        self.guard._after_settle(ask, ending)
+        self.guard._after_settle(self, ending)
 
     def _unlimited(self) -> Generator[_Step, Any, _Reply]:
-        ask, claim = self.ask, self.ask.claim
+        claim = self.claim
         key = f"{claim.call}-{claim.token}"
-        ask.current = Current(claim.call, 0, claim.tool, claim.wf, claim.caller, key)
+        self.current = Current(claim.call, 0, claim.tool, claim.wf, claim.caller, key)
         value, error = yield ("run", None)
-        text = None if error is None else ask.shown.clean(_error_text(error))
-        ask.store.count(claim.call, 0, "ran" if error is None else "raised", ask, text)
+        text = None if error is None else self.shown.clean(_error_text(error))
+        self.store.count("ran" if error is None else "raised", claim, 0, text)
         return _Reply("executed", value, error)
+
+    def last_row(self) -> Run:
+        """The row of this attempt's run, from memory."""
+        row = self.claim.first_row(self.store.clock.wall(), 0)._replace(run=self.run)
+        return row._replace(status=self.ending.status, result=self.ending.result) if self.ending else row
+
+    def lost(self) -> None:
+        """The keeper found the run taken over."""
+        _warn(
+            f"{_short(self.claim.tool)} (call {self.claim.call}): run {self.run} was silent for longer "
+            "than its timeout and was taken over while it still runs; its end will be recorded as late"
+        )
+
+    def abandon(self) -> None:
+        """Interrupted between its steps: the keeper closes its run rather than leave it RUNNING."""
+        if self.open and os.getpid() == self.pid:
+            ending = self.ending or _not_entered(self.claim, self.run or 1)
+            if self.ending is None and self.entered:
+                ending = ending._replace(status="doubt", error="interrupted")
+            self.store.keeper.keep(ending, self)
+
+    # -- what a duplicate gets --
+
+    def answer_done(self, run: int, result: str | None) -> _Reply:
+        """The recorded result, or that it was done."""
+        if not self.policy.replay or result is None:
+            return self._answer_blocked(run, "already done")
+        self._count(run)
+        if not self.guard._is_quiet():
+            self.guard._say(f"↺ {self.guard._shown_name(self.claim.tool)} replayed")
+        value = self.tool.restore(result) if '"$"' in result else json.loads(result)
+        return _Reply("waited" if self.waited else "replayed", value)
+
+    def _answer_blocked(self, run: int, why: str) -> _Reply:
+        self._count(run)
+        if not self.guard._is_quiet():
+            self.guard._say(f"⊘ {self.guard._shown_name(self.claim.tool)} blocked: {why}")
+        value = self.policy.blocked_return
+        if value is _NOTHING:
+            return _Reply("blocked", None)
+        if callable(value):
+            return _Reply("blocked", value(self.store.describe(self.store.rows(self.claim.call))))
+        import copy
+
+        return _Reply("blocked", copy.deepcopy(value))
+
+    def _count(self, run: int) -> None:
+        claim = self.claim
+        if not claim.caller:
+            claim = claim._replace(caller=f"pid {os.getpid()}")
+        self.store.count("blocked", claim, run)
+        if self.guard._on_block:
+            self.guard._tell(self.guard._on_block, self.store.describe(self.store.rows(claim.call)))
 
 
 def _error_text(error: BaseException) -> str:
     try:
-        return f"{type(error).__name__}: {error}"[:2000].rstrip(": ")
+        return f"{type(error).__name__}: {error}".rstrip(": ")
     except Exception:  # the tool's own error is the one to tell
         return type(error).__name__
 
@@ -4123,27 +3768,20 @@ def _error_text(error: BaseException) -> str:
 def _trace_text(error: BaseException) -> str:
     import traceback
 
-    frames = traceback.format_exception(type(error), error, error.__traceback__, limit=-20)
-    return "".join(frames)[-8000:]
+    try:
+        return "".join(traceback.format_exception(type(error), error, error.__traceback__, limit=-20))
+    except Exception:  # an exception that cannot be printed
+        return ""
 
 
-def _doubt_text(record: Record) -> str:
-    return (
-        f"{record.short} did not run: run {record.run} of call {record.call}, started at "
-        f"{_clock_text(record.started)} in {record.holder}, ended without a known outcome"
-        f"{f' ({record.error})' if record.error else ''}; find out whether it took effect, then "
-        "guard.resolve(fn, …, result=…) or guard.resolve(fn, …, done=False)"
-    )
-
-
-def _drive(ask: _Ask) -> _Reply:
+def _drive(attempt: _Attempt) -> _Reply:
     """Run one attempt in this thread."""
-    course = _Course(ask).steps()
+    course = attempt.steps()
     try:
         step = course.send(None)
         while True:
             try:
-                value = _perform(ask, step)
+                value = _perform(attempt, *step)
             except BaseException as error:
                 step = course.throw(error)
             else:
@@ -4151,85 +3789,49 @@ def _drive(ask: _Ask) -> _Reply:
     except StopIteration as stop:
         return cast("_Reply", stop.value)
     finally:
-        if ask.open:
-            _abandon(ask)
+        if attempt.open:
+            attempt.abandon()
 
 
-def _perform(ask: _Ask, step: _Step) -> Any:
-    what, argument = step
+def _perform(attempt: _Attempt, what: str, argument: Any) -> Any:
     if what == "transact":
-        return ask.store.transact(argument)
-    if what == "run":
-        token = _running.set((*_running.get(), ask))
-        ask.entered = True
-        try:
-            return _refuse_coroutine(ask, ask.tool.function(*ask.args, **ask.kwargs)), None
-        except BaseException as error:
-            return None, error
-        finally:
-            _running.reset(token)
+        return attempt.store.transact(argument)
     if what == "rows":
-        return ask.store.rows(ask.claim.call)
+        return attempt.store.rows(attempt.claim.call)
     if what == "wait":
-        return _wait(ask, argument)
-    function, record = argument
-    return function(record)
+        return time.sleep(argument)
+    if what == "user":
+        function, record = argument
+        return function(record)
+    before = _running.set((*_running.get(), attempt))
+    attempt.entered = True
+    try:
+        return _refuse_coroutine(attempt, attempt.tool.function(*attempt.args, **attempt.kwargs)), None
+    except BaseException as error:
+        return None, error
+    finally:
+        _running.reset(before)
 
 
-def _refuse_coroutine(ask: _Ask, value: Any) -> Any:
+def _refuse_coroutine(attempt: _Attempt, value: Any) -> Any:
     close = getattr(value, "close", None)
     if close is not None and hasattr(value, "cr_code"):
         close()
         raise NotPerformed(
-            f"{_short(ask.claim.tool)} gave back a coroutine although it is not an async function, so "
+            f"{_short(attempt.claim.tool)} gave back a coroutine although it is not an async function, so "
             "nothing ran; guard the async function itself"
         )
     return value
 
 
-def _wait(ask: _Ask, left: float) -> None:
-    """Until the live run ends here, or for a moment, because it may end in another process."""
-    bell = threading.Lock()
-    bell.acquire()
-    wake = functools.partial(_release_once, bell)
-    ask.store.subscribe(ask.claim.call, wake)
-    try:
-        bell.acquire(timeout=min(left, _poll_seconds(ask.policy.wait - left)))
-    finally:
-        ask.store.unsubscribe(ask.claim.call, wake)
-
-
-def _poll_seconds(waited: float) -> float:
-    """Soon at first, then every 50 ms."""
-    return min(0.05, 0.002 + waited / 4)
-
-
-def _abandon(ask: _Ask) -> None:
-    """The attempt was interrupted between its steps: close its run rather than leave it RUNNING."""
-    if os.getpid() != ask.pid:
-        return
-    ask.open = False
-    op = ask.ending
-    if op is None:
-        row = ask.claim.first_row(0, 0)._replace(run=ask.run or 1)
-        op = _not_entered(row)
-        if ask.entered:
-            op.status, op.error = "doubt", "interrupted"
-    try:
-        ask.store.transact(op)
-        ask.store.keeper.forget(op.token)
-    except Exception:  # the interruption is the error to tell; the keeper goes on trying
-        ask.store.keeper.keep(op, ask)
-
-
-async def _drive_async(ask: _Ask) -> _Reply:
+async def _drive_async(attempt: _Attempt) -> _Reply:
     """Run one attempt in an event loop."""
-    course = _Course(ask).steps()
+    course = attempt.steps()
     try:
         step = course.send(None)
         while True:
             try:
-                value = await _perform_async(ask, step)
+                value = await _perform_async(attempt, *step)
             except BaseException as error:
                 step = course.throw(error)
             else:
@@ -4237,109 +3839,65 @@ async def _drive_async(ask: _Ask) -> _Reply:
     except StopIteration as stop:
         return cast("_Reply", stop.value)
     finally:
-        if ask.open:
-            ask.open = False
-            if ask.ending is not None or ask.entered or not isinstance(ask.store, SqliteStore):
-                _abandon_later(ask)
+        if attempt.open:
+            attempt.abandon()
 
 
-def _abandon_later(ask: _Ask) -> None:
-    """Like `_abandon`, without waiting: the loop may be closing."""
-    if os.getpid() == ask.pid:
-        op = ask.ending or _not_entered(ask.claim.first_row(0, 0)._replace(run=ask.run or 1))
-        if ask.ending is None and ask.entered:
-            op.status, op.error = "doubt", "interrupted"
-        ask.store.keeper.keep(op, ask)
-
-
-async def _perform_async(ask: _Ask, step: _Step) -> Any:
-    what, argument = step
+async def _perform_async(attempt: _Attempt, what: str, argument: Any) -> Any:
     if what == "transact":
-        return await ask.store.transact_async(argument)
-    if what == "run":
-        token = _running.set((*_running.get(), ask))
-        ask.entered = True
-        try:
-            value = ask.tool.function(*ask.args, **ask.kwargs)  # a wrapper may have awaited it already
-            return await value if hasattr(value, "__await__") else value, None
-        except GeneratorExit:  # dropped with its loop: nothing can be awaited any more
-            raise
-        except BaseException as error:
-            return None, error
-        finally:
-            try:
-                _running.reset(token)
-            except ValueError:  # the garbage collector closes it from another context
-                pass
+        return await attempt.store.transact_async(argument)
     if what == "rows":
-        return await ask.store.rows_async(ask.claim.call)
+        return await attempt.store.rows_async(attempt.claim.call)
     if what == "wait":
-        return await _wait_async(ask, argument)
-    function, record = argument
-    answer = function(record)
-    return await answer if hasattr(answer, "__await__") else answer
+        import asyncio
 
-
-async def _wait_async(ask: _Ask, left: float) -> None:
-    import asyncio
-
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    wake = functools.partial(_call_loop, loop, ended.set)
-    ask.store.subscribe(ask.claim.call, wake)
+        return await asyncio.sleep(argument)
+    if what == "user":
+        function, record = argument
+        answer = function(record)
+        return await answer if hasattr(answer, "__await__") else answer
+    before = _running.set((*_running.get(), attempt))
+    attempt.entered = True
     try:
-        async with asyncio.timeout(min(left, _poll_seconds(ask.policy.wait - left))):
-            await ended.wait()
-    except TimeoutError:
-        pass
+        value = attempt.tool.function(
+            *attempt.args, **attempt.kwargs
+        )  # a wrapper may have awaited it already
+        return await value if hasattr(value, "__await__") else value, None
+    except GeneratorExit:  # dropped with its loop: nothing can be awaited any more
+        raise
+    except BaseException as error:
+        return None, error
     finally:
-        ask.store.unsubscribe(ask.claim.call, wake)
+        try:
+            _running.reset(before)
+        except ValueError:  # the garbage collector closes it from another context
+            pass
 
 
 # ═══ The guard ════════════════════════════════════════════════════════════════════════
 
 _stores: weakref.WeakValueDictionary[tuple[str, ...], SqliteStore] = weakref.WeakValueDictionary()
 _stores_lock = threading.Lock()
+_burst_warned: set[str] = set()
+Callback = Callable[[Record], object]
+Recent = deque[tuple[float, str, str]]
 
 
-def _open_store(url: str, sync: str, lock_seconds: float, instant_death: bool) -> Store:
-    """The store of a path or URL; one per file and process, whoever asks."""
+def _open_store(url: str, **settings: Any) -> Store:
+    """The store of a path or URL; one per file, settings and process, whoever asks."""
     scheme, found, rest = url.partition("://")
     if found and scheme not in ("sqlite", "memory"):
         raise UsageError(
             f"there is no store for {scheme}://; a plain path, sqlite:///path or memory:// can be used"
         )
-    if scheme == "memory" and found:
+    if found and scheme == "memory":
         return MemoryStore()
-    path = os.path.abspath((rest.removeprefix("/")) if found else url)
-    key = (os.path.realpath(path), sync, str(lock_seconds), str(instant_death))
+    path = os.path.abspath(rest.removeprefix("/") if found else url)
+    key = (os.path.realpath(path), *(str(settings[name]) for name in sorted(settings)))
     with _stores_lock:
-        store = _stores.get(key)
-        if store is None:
-            store = SqliteStore(
-                path, sync=cast("Any", sync), lock_seconds=lock_seconds, instant_death=instant_death
-            )
-            _stores[key] = store
+        store = _stores.get(key) or SqliteStore(path, **settings)
+        _stores[key] = store
     return store
-
-
-class _Burst:
-    """Watches one tool for calls that look like retries with drifting arguments."""
-
-    def __init__(self) -> None:
-        self.recent: deque[tuple[float, str, dict[str, str]]] = deque(maxlen=3)
-        self.warned = False
-
-    def changed(self, call: str, forms: dict[str, str]) -> list[str] | None:
-        """The parameters that differ, when this is the third different call in ten seconds."""
-        now = time.monotonic()
-        if any(c == call for _, c, _ in self.recent):
-            return None
-        self.recent.append((now, call, forms))
-        if len(self.recent) < 3 or now - self.recent[0][0] > 10:
-            return None
-        self.warned = True
-        return [n for n in forms if len({f.get(n) for _, _, f in self.recent}) > 1]
 
 
 class Guard:
@@ -4353,16 +3911,10 @@ class Guard:
     """
 
     def __init__(
-        self,
-        url: str | os.PathLike[str] | None = None,
-        *,
-        store: Store | None = None,
-        workflow: str | None = None,
-        sync: Literal["full", "claim", "off"] = "full",
-        quiet: bool | None = None,
-        lock_seconds: float = 30.0,
-        instant_death: bool = True,
-    ) -> None:
+        self, url: str | os.PathLike[str] | None = None, *, store: Store | None = None,
+        workflow: str | None = None, sync: Literal["full", "claim", "off"] = "full",
+        quiet: bool | None = None, lock_seconds: float = 30.0, instant_death: bool = True,
+    ) -> None:  # fmt: skip
         if sync not in ("full", "claim", "off"):
             raise UsageError(f"sync={sync!r} is not one of 'full', 'claim' and 'off'")
         if url is not None and store is not None:
@@ -4381,36 +3933,34 @@ class Guard:
         self._opened: Store | None = self._given_store
         self._generation = 0
         self._tools: weakref.WeakKeyDictionary[Any, _Tool] = weakref.WeakKeyDictionary()
-        self._on_success: list[Callable[[Record], object]] = []
-        self._on_block: list[Callable[[Record], object]] = []
-        self._on_failure: list[Callable[[Record], object]] = []
-        self._on_doubt: list[Callable[[Record], object]] = []
+        self._on_success: list[Callback] = []
+        self._on_block: list[Callback] = []
+        self._on_failure: list[Callback] = []
+        self._on_doubt: list[Callback] = []
         self._scope: contextvars.ContextVar[str | None] = contextvars.ContextVar("ledger_wf", default=None)
         self._who: contextvars.ContextVar[str | None] = contextvars.ContextVar("ledger_caller", default=None)
         self._main_scope: str | None = None
         self._main_who: str | None = None
-        self._bursts: dict[str, _Burst] = {}
+        self._bursts: dict[str, Recent] = {}
         self._receivers: dict[str, Any] = {}
         self._digests: dict[str, bytes] = {}
         self._short_names: dict[str, set[str]] = {}
+        self._told_doubts: deque[tuple[str, int]] = deque(maxlen=1000)
 
     def __getstate__(self) -> dict[str, Any]:
         url = self._resolved_url()
         if self._given_store is not None or url.startswith("memory://"):
             (self._given_store or MemoryStore()).__getstate__()
         return {
-            "url": url, "settings": self._settings, "workflow": self._workflow,
-            "quiet": self._quiet, "policies": self._policies, "defaults": self._defaults,
-            "scope": self._scope.get() or self._main_scope,
+            "_url": url, "_settings": self._settings, "_workflow": self._workflow, "_quiet": self._quiet,
+            "_policies": self._policies, "_defaults": self._defaults,
+            "_main_scope": self._scope.get() or self._main_scope, "_main_who": self._who.get() or self._main_who,
         }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._url, self._settings = state["url"], state["settings"]
-        self._workflow, self._quiet = state["workflow"], state["quiet"]
-        self._policies, self._defaults = state["policies"], state["defaults"]
         self._given_store = None
         self._begin()
-        self._main_scope = state["scope"]
+        self.__dict__.update(state)
 
     def __repr__(self) -> str:
         where = type(self._given_store).__name__ if self._given_store else self._url
@@ -4428,11 +3978,10 @@ class Guard:
         Raises what the tool raises, and `StoreError`, `InDoubt`, `InProgress`, `KeyConflict`,
         `UsageError` before the tool runs.
         """
-        tool, args, kwargs = self._tool_for(fn, args, kwargs)
-        key = _explicit_key(tool, kwargs)
-        if tool.is_async:
-            return cast("T", self._run_async(tool, key, args, kwargs))
-        return cast("T", self._run(tool, key, args, kwargs).value)
+        attempt = self._attempt(fn, args, kwargs)
+        return cast(
+            "T", self._value_async(attempt) if attempt.tool.is_async else self._answer(attempt).given()
+        )
 
     @overload
     def call(
@@ -4442,128 +3991,100 @@ class Guard:
     def call(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Outcome[T]: ...
     def call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Like calling the guard, but answers with an `Outcome` (to await for an async tool)."""
+        attempt = self._attempt(fn, args, kwargs)
+        if attempt.tool.is_async:
+            return self._outcome_async(attempt)
+        return self._outcome(attempt, self._answer(attempt))
+
+    async def _outcome_async(self, attempt: _Attempt) -> Outcome[Any]:
+        return self._outcome(attempt, await self._answer_async(attempt))
+
+    def _outcome(self, attempt: _Attempt, reply: _Reply) -> Outcome[Any]:
+        value = reply.given()
+        try:
+            attempt.store.flush()
+            record = attempt.store.look(attempt.claim.call)
+        except LedgerError:  # the tool ran: its result counts more than its record
+            record = None
+        return Outcome(reply.kind, value, record or _record([attempt.last_row()], 0))
+
+    async def _value_async(self, attempt: _Attempt) -> Any:
+        return (await self._answer_async(attempt)).given()
+
+    def _answer(self, attempt: _Attempt) -> _Reply:
+        if attempt.policy.simple and not attempt.claim.forced:
+            runs = attempt.store.quick(attempt.claim.call)
+            if runs and runs[-1][0] == "success" and not runs[-1][1]:
+                return attempt.answer_done(runs[-1][3], runs[-1][2])
+            attempt.is_new = not runs
+        return _drive(attempt.prepare())
+
+    async def _answer_async(self, attempt: _Attempt) -> _Reply:
+        if attempt.policy.simple and not attempt.claim.forced:
+            runs = await attempt.store.quick_async(attempt.claim.call)
+            if runs and runs[-1][0] == "success" and not runs[-1][1]:
+                return attempt.answer_done(runs[-1][3], runs[-1][2])
+            attempt.is_new = not runs
+        return await _drive_async(attempt.prepare())
+
+    def _attempt(
+        self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, forced: bool = False
+    ) -> _Attempt:
+        """An attempt at `fn(*args, **kwargs)`, the guard's own key taken out of them."""
         tool, args, kwargs = self._tool_for(fn, args, kwargs)
-        key = _explicit_key(tool, kwargs)
-        if tool.is_async:
-            return self._outcome_async(tool, key, args, kwargs)
-        ask = self._ask(tool, key, args, kwargs)
-        return self._outcome(ask, self._answer(ask))
+        key = None
+        for name in ("ledger_key", "key"):
+            if name in kwargs and not (name == "key" and tool.takes_key):
+                key = kwargs.pop(name)
+                key = "" if key is not None and _is_empty(key) else key
+                break
+        return self._attempt_at(tool, key, args, kwargs, forced)
 
-    async def _outcome_async(self, tool: _Tool, key: Any, args: Any, kwargs: Any) -> Outcome[Any]:
-        ask = self._ask(tool, key, args, kwargs)
-        return self._outcome(ask, await self._answer_async(ask))
-
-    def _outcome(self, ask: _Ask, reply: _Reply) -> Outcome[Any]:
-        if reply.error is not None:
-            raise reply.error
-        ask.store.flush()
-        record = ask.store.look(ask.claim.call) or ask.store.describe([ask.claim.first_row(0, 0)])
-        return Outcome(reply.kind, reply.value, record)
-
-    def _run(self, tool: _Tool, key: Any, args: Any, kwargs: Any) -> _Reply:
-        reply = self._answer(self._ask(tool, key, args, kwargs))
-        if reply.error is not None:
-            raise reply.error
-        return reply
-
-    async def _run_async(self, tool: _Tool, key: Any, args: Any, kwargs: Any) -> Any:
-        reply = await self._answer_async(self._ask(tool, key, args, kwargs))
-        if reply.error is not None:
-            raise reply.error
-        return reply.value
-
-    def _answer(self, ask: _Ask) -> _Reply:
-        if ask.policy.simple:
-            ask.rows = rows = ask.store.quick(ask.claim.call)
-            if rows and rows[-1][0] == "success" and not rows[-1][1]:
-                return self._answer_done(ask, rows[-1][3], rows[-1][2])
-        self._before_claim(ask)
-        return _drive(ask)
-
-    async def _answer_async(self, ask: _Ask) -> _Reply:
-        if ask.policy.simple:
-            call = ask.claim.call
-            ask.rows = rows = (
-                ask.store.quick(call) if ask.store.quick_is_prompt else await ask.store.rows_async(call)
-            )
-            last = rows[-1] if rows else None
-            if isinstance(last, Run):
-                last = (last.status, last.released, last.result, last.run)
-            if last is not None and last[0] == "success" and not last[1]:
-                return self._answer_done(ask, last[3], last[2])
-        self._before_claim(ask)
-        return await _drive_async(ask)
-
-    def _ask(
+    def _attempt_at(
         self, tool: _Tool, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any], forced: bool = False
-    ) -> _Ask:
+    ) -> _Attempt:
         """Name the call: everything that can go wrong here goes wrong before anything runs."""
         if tool.generation != self._generation:
             self._apply_policy(tool)
         policy = tool.policy
         bound = tool.bind(args, kwargs)
-        ask = _Ask()
-        ask.guard, ask.tool, ask.policy, ask.args, ask.kwargs = self, tool, policy, args, kwargs
-        ask.store = self._opened or self._open()
-        ask.rows = ("unknown",)
         wf = self._scope.get() or self._main_scope or self._default_workflow()
         form, shown_key = self._identity(tool, key, bound)
-        receiver = self._receiver_form(tool, bound) if tool.receiver else "null"
+        receiver = self._receiver_form(tool, bound[tool.receiver]) if tool.receiver else "null"
         text = f"[{_quote(_FORM_VERSION)},{_quote(tool.name)},{_quote(wf)},{receiver},{form}]"
-        ask.claim = claim = _Claim()
-        claim.call = hashlib.sha256(text.encode()).hexdigest()[:32]
-        claim.tool, claim.wf, claim.key = tool.name, wf, shown_key
-        claim.caller = self._who.get() or self._main_who or ""
-        claim.max, claim.ttl, claim.lease = policy.max, policy.ttl, policy.timeout
-        claim.on_doubt = "reconcile" if callable(policy.on_doubt) else policy.on_doubt
-        claim.forced, claim.not_done, claim.args = forced, None, None
-        claim.matched = self._match_form(claim.call, tool, policy, bound) if policy.match else None
-        claim.token = ""
-        ask.shown = _Shown(policy.redact)
-        ask.bound = bound
-        return ask
-
-    def _before_claim(self, ask: _Ask) -> None:
-        """What only an attempt that may run needs."""
-        claim, bound = ask.claim, ask.bound
-        claim.token = new_token()
-        claim.caller = claim.caller or f"pid {ask.pid}"
-        shown = {n: bound[n] for n, _ in ask.tool.ordered}
-        text = ask.shown.text(shown)
-        claim.args = text if ask.policy.record in ("all", "no-result") else None
-        if claim.key and ask.shown.secrets:
-            claim.key = json.dumps(ask.shown.scrub(json.loads(claim.key)))
-        if claim.key is None and not ask.policy.unlimited:
-            self._watch_burst(ask, bound)
+        call = hashlib.sha256(text.encode()).hexdigest()[:32]
+        matched = self._match_form(call, tool, policy, bound) if policy.match else None
+        on_doubt = policy.on_doubt if isinstance(policy.on_doubt, str) else "reconcile"
+        claim = Claim(
+            call, "", tool.name, wf, self._who.get() or self._main_who or "", shown_key, matched, policy.max,
+            policy.ttl, policy.timeout, cast("Any", on_doubt), forced,
+        )  # fmt: skip
+        return _Attempt(self, tool, claim, args, kwargs, bound)
 
     def _identity(self, tool: _Tool, key: Any, bound: dict[str, Any]) -> tuple[str, str | None]:
         """The canonical text that tells this call from others, and the key as it is shown."""
         policy = tool.policy
         if key is None and policy.key is None:
             return tool.form(bound, policy.ignore), None
-        if key is None and callable(policy.key):
-            key = policy.key(**{n: v for n, v in tool.named(bound).items() if n != tool.rest})
-        elif key is None:
+        if key is None:
             values = tool.named(bound)
-            key = [values.get(name) for name in cast("tuple[str, ...]", policy.key)]
-            if all(_is_empty(v) for v in key):
-                key = None
+            if callable(policy.key):
+                key = policy.key(**{n: v for n, v in values.items() if n != tool.rest})
+            else:
+                key = [values.get(name) for name in cast("tuple[str, ...]", policy.key)]
+                key = None if all(_is_empty(v) for v in key) else key
         if _is_empty(key):
             raise UsageError(f"{_short(tool.name)} did not run: its key is empty; a key must name one action")
-        return _tagged("key", tool._part("key", key)), json.dumps(_Shown(policy.redact).of(key))
+        return _tagged("key", tool.part("key", key)), json.dumps(_Shown(policy.redact).of(key))
 
     def _match_form(self, call: str, tool: _Tool, policy: Policy, bound: dict[str, Any]) -> str:
         """Digests, not values: what must agree may be secret."""
         values = tool.named(bound)
-        digests = {
-            n: hashlib.sha256(f"{call}{tool._part(n, values.get(n))}".encode()).hexdigest()[:16]
-            for n in sorted(policy.match)
-        }
-        return json.dumps(digests)
+        forms = {n: f"{call}{tool.part(n, values.get(n))}" for n in sorted(policy.match)}
+        return json.dumps({n: hashlib.sha256(form.encode()).hexdigest()[:16] for n, form in forms.items()})
 
-    def _receiver_form(self, tool: _Tool, bound: dict[str, Any]) -> str:
+    def _receiver_form(self, tool: _Tool, receiver: Any) -> str:
         """A method counts the object it belongs to, where that has a stable form."""
-        receiver = bound[next(iter(tool.parameters.parameters))]
         try:
             return canonical(receiver)
         except (UnstableArgument, RecursionError):
@@ -4577,65 +4098,49 @@ class Guard:
             )
         return _tagged("instance", _quote(_type_name(type(receiver))))
 
-    def _watch_burst(self, ask: _Ask, bound: dict[str, Any]) -> None:
-        name = ask.claim.tool
-        burst = self._bursts.setdefault(name, _Burst())
-        if burst.warned:
+    def _watch_burst(self, claim: Claim, policy: Policy, args: str) -> None:
+        """Warn of calls that look like retries with drifting arguments: three different ones in 10 s."""
+        if claim.tool in _burst_warned:
             return
-        forms = {n: _constant(bound[n]) for n, _ in ask.tool.ordered if n not in ask.policy.ignore}
-        changed = burst.changed(ask.claim.call, forms)
-        if changed is None:
+        now = time.monotonic()
+        recent = self._bursts.setdefault(claim.tool, deque(maxlen=3))
+        if any(call == claim.call for _, call, _ in recent):
             return
-        which = "" if len(changed) == len(forms) > 1 else f" (only {', '.join(changed)} changes)"
-        if len(changed) > 1 and which:
-            which = f" ({', '.join(changed)} change)"
-        self._say(f"⚠  {_short(name)} called 3× with different args in <10s{which} — if retrying, add key=…")
+        recent.append((now, claim.call, args))
+        if len(recent) < 3 or now - recent[0][0] > 10 or self._is_quiet():
+            return
+        _burst_warned.add(claim.tool)
+        forms = [json.loads(text) for _, _, text in recent]
+        names = [n for n in forms[-1] if n not in policy.ignore]
+        changed = [n for n in names if len({json.dumps(f.get(n)) for f in forms}) > 1]
+        which = f" (only {changed[0]} changes)" if len(changed) == 1 else f" ({', '.join(changed)} change)"
+        which = which if 0 < len(changed) < max(len(names), 2) else ""
+        self._say(
+            f"⚠  {_short(claim.tool)} called 3× with different args in <10s{which} — if retrying, add key=…"
+        )
 
-    # -- what a duplicate gets --
+    # -- telling --
 
-    def _answer_done(self, ask: _Ask, run: int, result: str | None) -> _Reply:
-        if not ask.policy.replay or result is None:
-            return self._answer_blocked(ask, run, "already done")
-        self._count(ask, run)
-        value = json.loads(result) if '"$"' not in result else ask.tool.restore(result)
-        if not self._is_quiet():
-            self._say(f"↺ {self._shown_name(ask.claim.tool)} replayed")
-        return _Reply("waited" if ask.waited else "replayed", value)
-
-    def _answer_blocked(self, ask: _Ask, run: int, why: str) -> _Reply:
-        self._count(ask, run)
-        if not self._is_quiet():
-            self._say(f"⊘ {self._shown_name(ask.claim.tool)} blocked: {why}")
-        value = ask.policy.blocked_return
-        if value is _NOTHING:
-            return _Reply("blocked", None)
-        if callable(value):
-            return _Reply("blocked", value(ask.store.describe(ask.store.rows(ask.claim.call))))
-        import copy
-
-        return _Reply("blocked", copy.deepcopy(value))
-
-    def _count(self, ask: _Ask, run: int) -> None:
-        if not ask.claim.caller:
-            ask.claim.caller = f"pid {ask.pid}"
-        ask.store.count(ask.claim.call, run, "blocked", ask)
-        if self._on_block:
-            self._tell(self._on_block, ask.store.describe(ask.store.rows(ask.claim.call)))
-
-    def _after_settle(self, ask: _Ask, ending: _Settle) -> None:
-        name = ask.claim.tool
+    def _after_settle(self, attempt: _Attempt, ending: Settle) -> None:
         if not self._is_quiet():
             mark = {"success": "✓", "failed": "✗", "suspended": "⏸"}.get(ending.status, "?")
             told = f"   → {ending.error.splitlines()[0]}" if ending.error else ""
-            self._say(f"{mark} {self._shown_name(name)}{told}")
+            self._say(f"{mark} {self._shown_name(attempt.claim.tool)}{told}")
         told_to = {"success": self._on_success, "failed": self._on_failure, "doubt": self._on_doubt}
-        callbacks = told_to.get(ending.status)
-        if callbacks:
-            rows = ask.store.rows(ask.claim.call)
-            if rows:
-                self._tell(callbacks, ask.store.describe(rows))
+        if told_to.get(ending.status):
+            rows = attempt.store.rows(attempt.claim.call)
+            if rows and ending.status == "doubt":
+                self._tell_doubt(attempt.store.describe(rows))
+            elif rows:
+                self._tell(told_to[ending.status], attempt.store.describe(rows))
 
-    def _tell(self, callbacks: list[Callable[[Record], object]], record: Record) -> None:
+    def _tell_doubt(self, record: Record) -> None:
+        """Once for each run, however many duplicates come upon it."""
+        if self._on_doubt and (record.call, record.run) not in self._told_doubts:
+            self._told_doubts.append((record.call, record.run))
+            self._tell(self._on_doubt, record)
+
+    def _tell(self, callbacks: list[Callback], record: Record) -> None:
         """A callback's exception never reaches the tool's caller, and never vanishes."""
         for callback in callbacks:
             try:
@@ -4653,23 +4158,19 @@ class Guard:
     def _tool_for(
         self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[_Tool, tuple[Any, ...], dict[str, Any]]:
+        """The tool behind a callable, and the arguments with what a partial or an object adds to them."""
         try:
-            tool = self._tools[fn]
-        except (KeyError, TypeError):
+            return self._tools[fn], args, kwargs
+        except (KeyError, TypeError):  # not seen before, or not hashable
             pass
-        else:
-            return tool, args, kwargs
-        made = getattr(fn, "__ledger_tool__", None)
-        if isinstance(made, _Tool):
-            owner = getattr(fn, "__self__", None)
-            lead, preset = fn.__ledger_lead__
-            return made, lead + (args if owner is None else (owner, *args)), {**preset, **kwargs}
-        _refuse_uncallable(fn, "guard")
-        function, first, named, name, receiver = _resolve_callable(fn)
-        inner = getattr(function, "__ledger_tool__", None)
-        if isinstance(inner, _Tool):
-            lead, preset = function.__ledger_lead__
-            return inner, lead + first + args, {**preset, **named, **kwargs}
+        if not hasattr(fn, "__ledger_tool__"):
+            _refuse_uncallable(fn, "guard")
+        function, first, named, name, receiver = _take_apart(fn)
+        args, kwargs = first + args, {**named, **kwargs}
+        made = getattr(function, "__ledger_tool__", None)
+        if made is not None:
+            tool, first, named = made
+            return tool, first + args, {**named, **kwargs}
         try:
             found = self._tools.get(function)
         except TypeError:
@@ -4677,23 +4178,19 @@ class Guard:
         if found is None or found.own_name != name:
             found = _Tool(function, name, receiver=receiver)
             self._refuse_twins(found)
-            if not first and not named:
-                try:
-                    self._tools[function] = found
-                except TypeError:
-                    pass
-        return found, first + args, {**named, **kwargs}
+            try:
+                self._tools[function] = found
+            except TypeError:
+                pass
+        return found, args, kwargs
 
     def _refuse_twins(self, tool: _Tool) -> None:
         """Functions that only their bytecode tells apart must be named, or one would never run."""
-        code = getattr(tool.function, "__code__", None)
-        if "#" not in tool.own_name or code is None:
-            return
-        known = self._digests.setdefault(tool.own_name, code.co_code)
-        if known != code.co_code:
+        code = getattr(getattr(tool.function, "__code__", None), "co_code", b"")
+        if "#" in tool.own_name and self._digests.setdefault(tool.own_name, code) != code:
             raise UsageError(
-                f"two different functions are both called {tool.own_name}; nothing ran. Tell them apart: "
-                "@guard.once(name=…) or guard.policy(fn, name=…)"
+                f"two different functions are both called {tool.own_name}; nothing ran. Tell them "
+                "apart: @guard.once(name=…) or guard.policy(fn, name=…)"
             )
 
     def _apply_policy(self, tool: _Tool) -> None:
@@ -4729,24 +4226,19 @@ class Guard:
 
         Raises `PolicyError`, and changes nothing, when they are misspelt or contradict each other.
         """
-        name, tool = (fn, None) if isinstance(fn, str) else self._named(fn)
-        merged = cast("PolicyOptions", {**self._policies.get(name, {}), **options})
+        tool = None if isinstance(fn, str) else self._tool_for(fn, (), {})[0]
+        name = fn if isinstance(fn, str) else cast("_Tool", tool).own_name
+        before = self._policies.get(name, {})
+        merged = cast("PolicyOptions", {**before, **options})
         Policy(**merged)
-        before = self._policies.get(name)
         self._policies[name] = merged
         self._generation += 1
-        if tool is not None:
-            try:
+        try:
+            if tool is not None:
                 self._apply_policy(tool)
-            except PolicyError:
-                self._policies.pop(name)
-                if before is not None:
-                    self._policies[name] = before
-                raise
-
-    def _named(self, fn: Any) -> tuple[str, _Tool]:
-        tool = self._tool_for(fn, (), {})[0]
-        return tool.own_name, tool
+        except PolicyError:
+            self._policies[name] = before
+            raise
 
     def defaults(self, **options: Unpack[PolicyOptions]) -> None:
         """Set options for all tools; what a tool's own policy says wins."""
@@ -4769,7 +4261,7 @@ class Guard:
         return self._wrap(fn, options, "guard.once")
 
     def _wrap(self, fn: Any, options: PolicyOptions, where: str) -> Any:
-        if isinstance(getattr(fn, "__ledger_tool__", None), _Tool):
+        if hasattr(fn, "__ledger_tool__"):
             if options:
                 raise UsageError(
                     f"{where}: {_brief(fn)} is guarded already; use guard.policy for more options"
@@ -4778,8 +4270,7 @@ class Guard:
         if isinstance(fn, classmethod):
             return classmethod(self._wrap(fn.__func__, options, where))
         _refuse_uncallable(fn, where)
-        kind = staticmethod if isinstance(fn, staticmethod) else None
-        function, first, named, name, receiver = _resolve_callable(fn)
+        function, first, named, name, receiver = _take_apart(fn)
         tool = _Tool(function, name, receiver=receiver)
         self._refuse_twins(tool)
         tool.options = options
@@ -4788,39 +4279,58 @@ class Guard:
         if tool.is_async:
 
             async def guarded_async(*args: Any, **kwargs: Any) -> Any:
-                return await self._run_async(tool, None, first + args, {**named, **kwargs})
+                attempt = self._attempt_at(tool, None, first + args, {**named, **kwargs})
+                return (await self._answer_async(attempt)).given()
 
             wrapper = guarded_async
         else:
 
             def guarded(*args: Any, **kwargs: Any) -> Any:
-                return self._run(tool, None, first + args, {**named, **kwargs}).value
+                return self._answer(self._attempt_at(tool, None, first + args, {**named, **kwargs})).given()
 
             wrapper = guarded
         _dress(wrapper, fn)
-        wrapper.__ledger_tool__ = tool
-        wrapper.__ledger_lead__ = (first, named)  # of a method, a partial or a callable object
-        return kind(wrapper) if kind else wrapper
+        wrapper.__ledger_tool__ = (tool, first, named)
+        return staticmethod(wrapper) if isinstance(fn, staticmethod) else wrapper
 
-    def wrap_tools(self, tools: Tools, **options: Unpack[PolicyOptions]) -> Tools:
-        """The same kind of collection with every tool guarded; wrapping twice guards once."""
+    @overload
+    def wrap_tools(
+        self, tools: dict[str, Callable[P, R]], **options: Unpack[PolicyOptions]
+    ) -> dict[str, Callable[P, R]]: ...
+    @overload
+    def wrap_tools(
+        self, tools: dict[str, Callable[..., Any]], **options: Unpack[PolicyOptions]
+    ) -> dict[str, Callable[..., Any]]: ...
+    @overload
+    def wrap_tools(
+        self, tools: list[Callable[P, R]], **options: Unpack[PolicyOptions]
+    ) -> list[Callable[P, R]]: ...
+    @overload
+    def wrap_tools(
+        self, tools: list[Callable[..., Any]], **options: Unpack[PolicyOptions]
+    ) -> list[Callable[..., Any]]: ...
+    @overload
+    def wrap_tools(self, tools: Tools, **options: Unpack[PolicyOptions]) -> Tools: ...
+    def wrap_tools(self, tools: Any, **options: Unpack[PolicyOptions]) -> Any:
+        """The same kind of collection with every tool guarded.
+
+        Wrapping twice guards once: what is guarded already stays as it is, with its own options.
+        """
         Policy(**options)
         if isinstance(tools, dict):
             wrapped = tools.copy()  # a subclass knows how to copy itself
             wrapped.update({n: self._wrap_one(t, options) for n, t in tools.items()})
-            return cast("Tools", wrapped)
+            return wrapped
         if isinstance(tools, list | tuple):
             make: Any = getattr(tools, "_make", type(tools))
-            return cast("Tools", make([self._wrap_one(t, options) for t in tools]))
+            return make([self._wrap_one(t, options) for t in tools])
         raise UsageError(
             f"wrap_tools takes a dict or a list of functions, not {type(tools).__name__}; for one function "
             "use guard.once(fn)"
         )
 
     def _wrap_one(self, fn: Any, options: PolicyOptions) -> Any:
-        if isinstance(getattr(fn, "__ledger_tool__", None), _Tool):
-            return fn
-        return self._wrap(fn, options, "guard.wrap_tools")
+        return fn if hasattr(fn, "__ledger_tool__") else self._wrap(fn, options, "guard.wrap_tools")
 
     # -- scopes --
 
@@ -4848,45 +4358,35 @@ class Guard:
 
         Raises `InProgress` while a live run holds the call.
         """
-        ask, rows = self._existing(fn, args, kwargs)
+        attempt, rows = self._existing(fn, args, kwargs)
         if not rows:
             return False
-        op = _make(
-            _Release, call=ask.claim.call, token=new_token(), run=rows[-1].run, owner=rows[-1].owner,
-            max=ask.policy.max, ttl=ask.policy.ttl, why=self._who.get() or "retry",
-        )  # fmt: skip
-        self._refuse_live(ask, ask.store.transact(op), "released")
+        claim, last = attempt.claim, rows[-1]
+        why = self._who.get() or "retry"
+        op = Release(claim.call, new_token(), last.run, last.owner, claim.max, claim.ttl, why)
+        self._refuse_live(attempt, attempt.store.transact(op), "released")
         return True
 
     def resolve(
-        self,
-        fn: Callable[..., Any],
-        /,
-        *args: Any,
-        result: Any = _NOTHING,
-        done: bool = True,
-        note: str = "",
-        **kwargs: Any,
-    ) -> None:
+        self, fn: Callable[..., Any], /, *args: Any, result: Any = _NOTHING, done: bool = True,
+        note: str = "", **kwargs: Any,
+    ) -> None:  # fmt: skip
         """Settle a call that is in doubt: it happened (`result=…`), or it did not (`done=False`).
 
         Raises `InProgress` while a live run holds the call and `UsageError` if nothing is in doubt.
         """
         if not done and result is not _NOTHING:
             raise UsageError("resolve: what was not done has no result; give result=… or done=False")
-        ask, rows = self._existing(fn, args, kwargs)
+        attempt, rows = self._existing(fn, args, kwargs)
         if not rows:
-            raise UsageError(f"{_short(ask.claim.tool)}: nothing was resolved: this call was never made")
-        value = None if result is _NOTHING else result
-        op = _make(
-            _Resolve, call=ask.claim.call, token=new_token(), run=rows[-1].run, owner=rows[-1].owner,
-            done=done, result=_Course(ask)._stored(value) if done and result is not _NOTHING else None,
-            reconciled=False, why=note or self._who.get() or "resolve",
-        )  # fmt: skip
-        verdict = ask.store.transact(op)
-        self._refuse_live(ask, verdict, "resolved")
+            raise UsageError(f"{_short(attempt.claim.tool)}: nothing was resolved: this call was never made")
+        stored = None if result is _NOTHING else attempt.stored(result)
+        last, why = rows[-1], note or self._who.get() or "resolve"
+        op = Resolve(last.call, new_token(), last.run, last.owner, done, stored, False, why)
+        verdict = attempt.store.transact(op)
+        self._refuse_live(attempt, verdict, "resolved")
         if verdict.kind != "resolved":
-            record = ask.store.describe(ask.store.rows(ask.claim.call))
+            record = attempt.store.describe(attempt.store.rows(last.call))
             raise UsageError(
                 f"{record.short}: nothing was resolved: run {record.run} of call {record.call} is "
                 f"{record.status.upper()}, not in doubt; to run it again use guard.retry"
@@ -4894,39 +4394,27 @@ class Guard:
 
     def force(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Run now, whatever the history says, and record it; raises `InProgress` beside a live run."""
-        tool, args, kwargs = self._tool_for(fn, args, kwargs)
-        ask = self._ask(tool, _explicit_key(tool, kwargs), args, kwargs, forced=True)
-        self._before_claim(ask)
-        if tool.is_async:
-            return cast("T", self._force_async(ask))
-        rows = ask.store.rows(ask.claim.call)
-        if rows:
-            self._refuse_live(ask, ask.claim.judge(rows, ask.store.now_for(rows)), "run")
-        reply = _drive(ask)
-        if reply.error is not None:
-            raise reply.error
-        return cast("T", reply.value)
+        attempt = self._attempt(fn, args, kwargs, forced=True)
+        if attempt.tool.is_async:
+            return cast("T", self._force_async(attempt))
+        rows = attempt.store.rows(attempt.claim.call)
+        self._refuse_live(attempt, attempt.claim.judge(rows, attempt.store.now_for(rows)), "run")
+        return cast("T", self._answer(attempt).given())
 
-    async def _force_async(self, ask: _Ask) -> Any:
-        rows = await ask.store.rows_async(ask.claim.call)
-        if rows:
-            self._refuse_live(ask, ask.claim.judge(rows, ask.store.now_for(rows)), "run")
-        reply = await _drive_async(ask)
-        if reply.error is not None:
-            raise reply.error
-        return reply.value
+    async def _force_async(self, attempt: _Attempt) -> Any:
+        rows = await attempt.store.rows_async(attempt.claim.call)
+        self._refuse_live(attempt, attempt.claim.judge(rows, attempt.store.now_for(rows)), "run")
+        return (await self._answer_async(attempt)).given()
 
-    def _existing(self, fn: Any, args: Any, kwargs: Any) -> tuple[_Ask, list[Run]]:
-        tool, args, kwargs = self._tool_for(fn, args, kwargs)
-        ask = self._ask(tool, _explicit_key(tool, kwargs), args, kwargs)
-        ask.shown.text(
-            {n: ask.bound[n] for n, _ in tool.ordered}
-        )  # a result told by hand may repeat a secret
-        return ask, ask.store.rows(ask.claim.call)
+    def _existing(self, fn: Any, args: Any, kwargs: Any) -> tuple[_Attempt, list[Run]]:
+        attempt = self._attempt(fn, args, kwargs)
+        attempt.shown = _Shown(attempt.policy.redact)  # a result told by hand may repeat a secret
+        attempt.shown.text({n: attempt.bound[n] for n, _ in attempt.tool.ordered})
+        return attempt, attempt.store.rows(attempt.claim.call)
 
-    def _refuse_live(self, ask: _Ask, verdict: _Verdict, what: str) -> None:
+    def _refuse_live(self, attempt: _Attempt, verdict: Verdict, what: str) -> None:
         if verdict.kind == "live" and verdict.row is not None:
-            record = ask.store.describe([verdict.row])
+            record = attempt.store.describe([verdict.row])
             raise InProgress(
                 f"{record.short} was not {what}: run {record.run} of call {record.call} is running in "
                 f"{record.holder} since {_clock_text(record.started)}; wait for it, or stop that process",
@@ -4938,15 +4426,13 @@ class Guard:
     def stats(self) -> dict[str, Any]:
         """Sums over all calls, and per tool under "tools"."""
         tools = self._ready().totals()
-        sums = {name: sum(t[name] for t in tools.values()) for name in _TOTALS}
-        return {**sums, "tools": tools}
+        return {**{name: sum(t[name] for t in tools.values()) for name in _TOTALS}, "tools": tools}
 
     def log(self) -> None:
         """Print one line per tool to stdout."""
         tools = self._ready().totals()
         shown = {t: _short(t) if sum(_short(o) == _short(t) for o in tools) == 1 else t for t in tools}
         width = max((len(n) for n in shown.values()), default=0)
-        errors = self._last_errors([t for t, s in tools.items() if s["failed"]])
         for tool, sums in sorted(tools.items(), key=lambda item: shown[item[0]]):
             mark = "✗" if sums["failed"] else "?" if sums["in_doubt"] else "✓"
             line = (
@@ -4954,16 +4440,13 @@ class Guard:
             )
             line += f" blocked {sums['blocked']}" if sums["blocked"] else ""
             line += f" in doubt {sums['in_doubt']}" if sums["in_doubt"] else ""
-            line += f" → {errors[tool]}" if tool in errors else ""
+            error = self._last_error(tool) if sums["failed"] else None
+            line += f" → {error.splitlines()[0]}" if error else ""
             print(line.rstrip())
 
-    def _last_errors(self, tools: list[str]) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for tool in tools:
-            for record, _ in self._ready().calls(tool=tool):
-                if record.status is Status.FAILED and record.error:
-                    found[tool] = record.error.splitlines()[0]
-        return found
+    def _last_error(self, tool: str) -> str | None:
+        found = [r.error for r, _ in self._ready().calls(tool=tool) if r.status is Status.FAILED]
+        return found[-1] if found else None
 
     @overload
     def history(self, *, tool: str | None = None, wf: str | None = None) -> list[dict[str, Any]]: ...
@@ -5003,19 +4486,19 @@ class Guard:
 
     # -- callbacks and settings --
 
-    def on_success(self, callback: Callable[[Record], object]) -> None:
+    def on_success(self, callback: Callback) -> None:
         """Call it with the record after each run that succeeded."""
         self._on_success.append(callback)
 
-    def on_block(self, callback: Callable[[Record], object]) -> None:
+    def on_block(self, callback: Callback) -> None:
         """Call it with the record after each attempt that ran nothing."""
         self._on_block.append(callback)
 
-    def on_failure(self, callback: Callable[[Record], object]) -> None:
+    def on_failure(self, callback: Callback) -> None:
         """Call it with the record after each run that failed."""
         self._on_failure.append(callback)
 
-    def on_doubt(self, callback: Callable[[Record], object]) -> None:
+    def on_doubt(self, callback: Callback) -> None:
         """Call it with the record when a run turns out to be in doubt."""
         self._on_doubt.append(callback)
 
@@ -5046,21 +4529,11 @@ class Guard:
         return self._opened or self._open()
 
     def _open(self) -> Store:
-        settings = self._settings
         self._url = self._resolved_url()
-        self._opened = _open_store(self._url, **cast("Any", settings))
+        self._opened = _open_store(self._url, **self._settings)
         if isinstance(self._opened, SqliteStore):
             self._opened.quiet = self._is_quiet()
         return self._opened
-
-
-def _explicit_key(tool: _Tool, kwargs: dict[str, Any]) -> Any:
-    """Take the guard's own key out of the arguments; an empty one is refused, not ignored."""
-    for name in ("ledger_key", "key"):
-        if name in kwargs and not (name == "key" and tool.takes_key):
-            key = kwargs.pop(name)
-            return "" if key is not None and _is_empty(key) else key
-    return None
 
 
 def _is_empty(key: Any) -> bool:
@@ -5081,26 +4554,23 @@ def _dress(wrapper: Any, fn: Any) -> None:
     shown = fn
     while isinstance(shown, functools.partial):
         shown = shown.func
-    if not hasattr(shown, "__name__"):
-        shown = type(shown).__call__
+    if hasattr(shown, "__name__"):
+        functools.update_wrapper(wrapper, shown)
+    else:
         wrapper.__name__ = wrapper.__qualname__ = type(fn).__name__
         wrapper.__doc__ = type(fn).__doc__
-        wrapper.__wrapped__ = fn
-    else:
-        functools.update_wrapper(wrapper, shown)
-        wrapper.__wrapped__ = fn
+        shown = type(shown).__call__
+    wrapper.__wrapped__ = fn
     try:
         hints = typing.get_type_hints(shown, include_extras=True)
     except Exception:  # a name that exists only for type checkers: leave the strings
-        hints = None
+        hints = {}
     try:
         signature = inspect.signature(fn)
     except (ValueError, TypeError):
         return
-    if hints is not None:
-        wrapper.__annotations__ = {
-            n: h for n, h in hints.items() if n in signature.parameters or n == "return"
-        }
+    if hints:
+        wrapper.__annotations__ = {n: h for n, h in hints.items() if n in {*signature.parameters, "return"}}
         parts = [p.replace(annotation=hints.get(p.name, p.annotation)) for p in signature.parameters.values()]
         returned = hints.get("return", signature.return_annotation)
         signature = signature.replace(parameters=parts, return_annotation=returned)
@@ -5108,15 +4578,14 @@ def _dress(wrapper: Any, fn: Any) -> None:
 
 
 def _history_entry(record: Record, rows: Sequence[Run]) -> dict[str, Any]:
-    times = {n: _iso(getattr(record, n)) for n in ("created", "touched", "started", "ended", "lease")}
+    values = record._asdict()
+    times = {n: _iso(values[n]) for n in ("created", "touched", "started", "ended", "lease")}
+    for name in ("args_json", "result_json", "holder", "state"):
+        del values[name]
     return {
-        "id": record.id, "call": record.call, "tool": record.tool, "wf": record.wf,
-        "caller": record.caller, "owner": record.owner, "key": record.key and json.loads(record.key),
-        "args": record.args, "status": record.status.value, "in_doubt": record.in_doubt,
-        "result": record.result_json and json.loads(record.result_json), "error": record.error,
-        "attempts": record.attempts, "executed": record.runs, "blocked": record.blocked,
-        "run": record.run, "released": record.released, "late": record.late, **times,
-        "runs": [_history_run(r) for r in rows],
+        **values, **times, "key": record.key and json.loads(record.key), "args": record.args,
+        "status": record.status.value, "result": record.result_json and json.loads(record.result_json),
+        "executed": record.runs, "runs": [_history_run(r) for r in rows],
     }  # fmt: skip
 
 
@@ -5153,25 +4622,20 @@ class Scope:
         before = self._variable.get()
         self._variable.set(self._value)
         try:
-            tool, args, kwargs = self._guard._tool_for(fn, args, kwargs)
-            key = _explicit_key(tool, kwargs)
-            if not tool.is_async:
-                return cast("T", self._guard._run(tool, key, args, kwargs).value)
-            ask = self._guard._ask(tool, key, args, kwargs)
+            attempt = self._guard._attempt(fn, args, kwargs)
+            if not attempt.tool.is_async:
+                return cast("T", self._guard._answer(attempt).given())
         finally:
             self._variable.set(before)
-        return cast("T", self._call_async(ask))
+        return cast("T", self._call_async(attempt))
 
-    async def _call_async(self, ask: _Ask) -> Any:
+    async def _call_async(self, attempt: _Attempt) -> Any:
         before = self._variable.get()
         self._variable.set(self._value)
         try:
-            reply = await self._guard._answer_async(ask)
+            return (await self._guard._answer_async(attempt)).given()
         finally:
             self._variable.set(before)
-        if reply.error is not None:
-            raise reply.error
-        return reply.value
 
     def reset(self) -> None:
         """Forget the calls of this workflow."""

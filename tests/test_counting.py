@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -208,3 +210,79 @@ def test_counts_wait_for_a_locked_file(stage: Stage) -> None:
     actor.ends_well()
 
     assert counts(stage) == (101, 1, 100)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_eight_multiprocessing_children_count_a_thousand_duplicates_each(stage: Stage, method: str) -> None:
+    """Eight children of multiprocessing that ask a thousand times each lose no count when they end."""
+    script = (
+        LOOK_UP
+        + f"""
+import multiprocessing
+
+def work(guard, number):
+    guard.policy(look_up, replay=number % 2 == 0)
+    for _ in range(1000):
+        guard(look_up, 1)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context({method!r})
+    children = [context.Process(target=work, args=(guard, number)) for number in range(8)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+"""
+    )
+
+    stage.start(script).ends_well()
+
+    assert (8000, 1, 7999) == counts(stage)
+    assert 1 == len(stage.effects())
+
+
+def test_counts_are_exact_when_only_some_processes_are_killed(stage: Stage) -> None:
+    """What others counted is complete, whatever a process that was killed beside them had not yet written."""
+    script = LOOK_UP + (
+        "say('ready')\nhear()\nfor _ in range(500):\n    guard(look_up, int(sys.argv[2]) % 2)\n"
+        "if int(sys.argv[2]) % 2:\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    crowd = stage.crowd(6, script)
+
+    for actor in crowd:
+        actor.tell("go")
+    for actor in crowd:
+        actor.ends()
+
+    entries = {entry["args"]["order"]: entry for entry in Guard(stage.db, quiet=True).history()}
+    assert (1500, 1, 1499) == tuple(entries[0][name] for name in ("attempts", "executed", "blocked"))
+    assert entries[1]["attempts"] <= 1500
+    assert 1 == entries[1]["executed"]
+
+
+def test_a_count_is_seen_soon(stage: Stage) -> None:
+    """Another process sees a count soon.
+
+    The promise is 200 ms. The best of five tries must be below one second, five times as much,
+    so that a busy machine does not fail it and a count that waits for an exit or a lease does.
+    """
+    actor = stage.start(
+        LOOK_UP + "guard(look_up, 1)\nwhile hear():\n    guard(look_up, 1)\n    say('asked')\n"
+    )
+    eventually(lambda: stage.db.exists() and counts(stage)[0] == 1)
+    took = []
+
+    def seen(asked: int) -> bool:
+        return counts(stage) == (asked, 1, asked - 1)
+
+    for asked in range(2, 7):
+        actor.tell("ask")
+        assert "asked" == actor.line()
+        began = time.monotonic()
+        eventually(partial(seen, asked))
+        took.append(time.monotonic() - began)
+
+    assert min(took) < 1.0
+    actor.tell("")
+    actor.ends_well()

@@ -410,3 +410,156 @@ def test_in_doubt_names_its_owner(stage: Stage) -> None:
     charge.__module__, charge.__qualname__ = "actor", "charge"
     with pytest.raises(InDoubt, match=rf"{first.pid}.*guard\.resolve"):
         looker(charge, 1)
+
+
+# Killed at the very border of the tool: when it is entered (the claim is on disk, nothing was done)
+# or when it returns (all was done, the outcome is not on disk).
+AT_THE_BORDER = """
+def charge(order):
+    effect("charge", order, idempotency_key())
+    return "paid"
+
+def die(frame, event, arg):
+    if event == sys.argv[2] and frame.f_code is charge.__code__:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.setprofile(die)
+"""
+
+
+@pytest.mark.parametrize(("border", "effects"), [("call", 0), ("return", 1)], ids=["before", "after"])
+@pytest.mark.parametrize("policy", ["", "irreversible=True", "on_doubt=lambda record: 'found'"])
+def test_killed_at_the_border_of_the_tool(stage: Stage, border: str, effects: int, policy: str) -> None:
+    """Killed after the claim or before the record, a call is in doubt, and its policy decides."""
+    first = stage.start(AT_THE_BORDER + "guard(charge, 1)\n", border)
+    assert -signal.SIGKILL == first.ends()
+    assert effects == len(stage.effects())
+    looker = Guard(stage.db, quiet=True)
+    [entry] = looker.history()
+    assert (True, 1) == (entry["in_doubt"], entry["attempts"])
+    looker.close()
+
+    script = f"""
+guard.policy(charge, replay=True, {policy})
+try:
+    say(guard(charge, 1))
+except InDoubt:
+    say("in doubt")
+"""
+    second = stage.start(AT_THE_BORDER + script, "never")
+
+    told, again = {"": ("paid", 1), "irreversible=True": ("in doubt", 0)}.get(policy, ("found", 0))
+    assert told == second.line()
+    second.ends_well()
+    assert effects + again == len(stage.effects())
+    assert len(set(stage.effects())) <= 1  # a rerun hands the service the key of the run in doubt
+
+
+def test_a_takeover_by_many_gives_all_of_them_one_result(stage: Stage) -> None:
+    """Of eight processes that replay a dead run one runs it again, and all get what that one got."""
+    victim = stage.start(CHARGE + CALL, "victim")
+    assert victim.line() == "inside"
+    victim.kill()
+    script = """
+def charge(order):
+    effect("charge", order, sys.argv[2])
+    time.sleep(0.05)
+    return "by " + sys.argv[2]
+
+guard.policy(charge, replay=True)
+say("ready")
+hear()
+say(guard(charge, 1))
+"""
+    crowd = stage.crowd(8, script)
+
+    for actor in crowd:
+        actor.tell("go")
+    told = {actor.line() for actor in crowd}
+    for actor in crowd:
+        actor.ends_well()
+
+    [_, winner] = stage.effects()
+    assert {"by " + winner.split()[-1]} == told
+    assert ["doubt", "success"] == [run["status"] for run in runs(stage)]
+
+
+def test_an_irreversible_dead_run_is_taken_over_by_none_of_many(stage: Stage) -> None:
+    """Of eight processes that find an irreversible run dead all are told so, and none runs it."""
+    policy = "guard.policy(charge, irreversible=True)\n"
+    victim = stage.start(CHARGE + policy + CALL, "victim")
+    assert victim.line() == "inside"
+    victim.kill()
+    script = """
+say("ready")
+hear()
+try:
+    guard(charge, 1)
+except InDoubt:
+    say("in doubt")
+"""
+    crowd = stage.crowd(8, CHARGE + policy + script)
+
+    for actor in crowd:
+        actor.tell("go")
+    told = [actor.line() for actor in crowd]
+
+    assert ["in doubt"] * 8 == told
+    assert ["charge 1 victim"] == stage.effects()
+
+
+def test_a_frozen_owner_is_taken_over_by_one_of_many(stage: Stage) -> None:
+    """When the lease of a frozen owner lapses, exactly one of eight that wait runs the call."""
+    policy = "guard.policy(charge, timeout=0.5, replay=True)\n"
+    first = stage.start(CHARGE + policy + CALL, "first")
+    assert first.line() == "inside"
+    first.freeze()
+    script = """
+def charge(order):
+    effect("charge", order, sys.argv[2])
+    time.sleep(0.05)
+    return "by " + sys.argv[2]
+
+guard.policy(charge, timeout=30, replay=True)
+say("ready")
+hear()
+say(guard(charge, 1))
+"""
+    crowd = stage.crowd(8, script)
+
+    for actor in crowd:
+        actor.tell("go")
+    told = {actor.line() for actor in crowd}
+    first.send(signal.SIGCONT)
+    first.tell("late")
+    assert first.line() == "late"
+    first.ends_well()
+
+    [_, winner] = stage.effects()
+    assert {"by " + winner.split()[-1]} == told
+    assert [("doubt", "success"), ("success", None)] == [(run["status"], run["late"]) for run in runs(stage)]
+
+
+def test_a_zombie_is_dead_to_many_at_once(stage: Stage) -> None:
+    """Of eight processes that find an owner unreaped exactly one runs its call again, at once."""
+    first = stage.start(CHARGE + CALL, "first")
+    assert first.line() == "inside"
+    first.send(signal.SIGKILL)
+    eventually(lambda: first.state() == "Z")
+    script = """
+def charge(order):
+    effect("charge", order, "again")
+
+say("ready")
+hear()
+guard(charge, 1)
+"""
+    crowd = stage.crowd(8, script)
+
+    for actor in crowd:
+        actor.tell("go")
+    for actor in crowd:
+        actor.ends_well()
+
+    assert "Z" == first.state()
+    assert ["charge 1 first", "charge 1 again"] == stage.effects()

@@ -81,6 +81,7 @@ def test_fork_while_another_thread_writes(stage: Stage) -> None:
     script = (
         TOOL
         + """
+guard(charge, -1)
 stop = threading.Event()
 written = []
 
@@ -106,7 +107,7 @@ say(len(written))
     written = int(actor.line())
     actor.ends_well()
 
-    expected = [str(order) for order in range(written)]
+    expected = [str(order) for order in range(-1, written)]
     expected += [str(number * 1_000_000 + order) for number in range(1, 26) for order in range(5)]
     assert recorded(stage) == Counter(expected)
     assert Counter(stage.effects()) == Counter(expected)
@@ -383,3 +384,217 @@ say(done.stdout)
     actor = stage.start(script)
 
     assert os.fspath(stage.db) not in actor.line()
+
+
+@pytest.mark.slow
+def test_fork_while_another_thread_makes_its_first_call(stage: Stage) -> None:
+    """A child forked while another thread uses the guard for the first time works."""
+    script = (
+        TOOL
+        + """
+delay = float(sys.argv[2])
+thread = threading.Thread(target=guard, args=(charge, 0))
+thread.start()
+limit = time.perf_counter() + delay
+while time.perf_counter() < limit:
+    pass
+child = in_child(lambda: [guard(charge, order) for order in range(1, 4)])
+until = time.monotonic() + 10
+while os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+    if time.monotonic() > until:
+        os.kill(child, signal.SIGKILL)
+        say("the child hangs after", delay)
+    time.sleep(0.002)
+thread.join()
+say(wait_for(child))
+"""
+    )
+    delays = [0.0, 0.0005, 0.001, 0.002, 0.004, 0.006, 0.01, 0.015, 0.02, 0.03]
+
+    for delay in delays:
+        actor = stage.start(script, delay)
+        assert actor.line() == "0"
+        actor.ends_well()
+        assert recorded(stage) == {str(order): 1 for order in range(4)}
+        Guard(stage.db, quiet=True).reset()
+
+
+def test_fork_while_a_thread_waits_for_another_process(stage: Stage) -> None:
+    """A fork does not wait for another process's lock; afterwards both sides get theirs written."""
+    script = (
+        TOOL
+        + """
+guard(charge, 0)
+say("opened")
+hear()
+thread = threading.Thread(target=guard, args=(charge, 1))
+thread.start()
+time.sleep(0.2)
+child = in_child(lambda: guard(charge, 2))
+say("forked")
+thread.join()
+assert wait_for(child) == 0
+guard(charge, 3)
+"""
+    )
+    actor = stage.start(script)
+    assert actor.line() == "opened"
+    with closing(sqlite3.connect(stage.db, isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        actor.tell("go on")
+
+        assert actor.line() == "forked"  # while the lock is still held
+        assert recorded(stage) == {"0": 1}
+        holder.execute("COMMIT")
+    actor.ends_well()
+
+    assert recorded(stage) == {str(order): 1 for order in range(4)}
+
+
+def test_fork_in_the_middle_of_a_listing(stage: Stage) -> None:
+    """A listing that was begun before a fork goes on in the parent, and the child's rows stay."""
+    script = (
+        TOOL
+        + """
+for order in range(20):
+    guard(charge, order)
+events = guard.events()
+next(iter(events))
+assert wait_for(in_child(lambda: [guard(charge, order) for order in range(20, 40)])) == 0
+rest = sum(1 for event in events)
+say(rest >= 39, len(guard.history()))
+"""
+    )
+    actor = stage.start(script)
+
+    assert actor.line() == "True 40"
+    actor.ends_well()
+    assert recorded(stage) == {str(order): 1 for order in range(40)}
+
+
+def test_fork_inside_tools_of_many_threads(stage: Stage) -> None:
+    """Four threads that each fork inside a running tool end their own runs, and the children run theirs."""
+    script = (
+        TOOL
+        + """
+def split(order):
+    def work():
+        assert guard.call(split, order).kind == "blocked"
+        assert guard(charge, 1000 + order) == 1000 + order
+    return order if wait_for(in_child(work)) == 0 else "the child failed"
+
+threads = [
+    threading.Thread(target=lambda first: [guard(split, first + n) for n in range(5)], args=(10 * t,))
+    for t in range(4)
+]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+    )
+
+    stage.start(script).ends_well()
+
+    orders = [10 * thread + n for thread in range(4) for n in range(5)]
+    assert Counter(str(order) for first in orders for order in (first, 1000 + first)) == recorded(stage)
+    assert Counter(str(1000 + order) for order in orders) == Counter(stage.effects())
+
+
+def test_fork_beside_a_running_loop(stage: Stage) -> None:
+    """A child forked between the tasks of an event loop works, and the loop's own claims go on."""
+    script = (
+        TOOL
+        + """
+import asyncio
+
+async def send(order):
+    effect(order)
+    await asyncio.sleep(0)
+    return order
+
+async def main():
+    for first in range(0, 50, 10):
+        tasks = [asyncio.create_task(guard(send, first + n)) for n in range(10)]
+        await asyncio.sleep(0.001)
+        child = in_child(lambda: [guard(charge, 1000 + first + n) for n in range(3)])
+        await asyncio.gather(*tasks)
+        assert await asyncio.to_thread(wait_for, child) == 0
+
+asyncio.run(main())
+"""
+    )
+
+    stage.start(script).ends_well()
+
+    orders = [*range(50), *(1000 + first + n for first in range(0, 50, 10) for n in range(3))]
+    assert Counter(map(str, orders)) == recorded(stage)
+    assert Counter(map(str, orders)) == Counter(stage.effects())
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_multiprocessing_before_first_use(stage: Stage, method: str) -> None:
+    """Children of every start method that got a guard which was never used run each call once."""
+    script = (
+        TOOL
+        + f"""
+import multiprocessing
+
+def work(guard):
+    for order in range(30):
+        guard(charge, order)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context({method!r})
+    children = [context.Process(target=work, args=(guard,)) for _ in range(3)]
+    for child in children:
+        child.start()
+    work(guard)
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+"""
+    )
+
+    stage.start(script).ends_well()
+
+    assert {str(order): 1 for order in range(30)} == Counter(stage.effects())
+    assert {str(order): 1 for order in range(30)} == recorded(stage)
+
+
+def test_a_fork_behind_pythons_back_says_what_to_do(stage: Stage) -> None:
+    """The refusal names the file, says that nothing ran, and what to use instead; the file stays sound."""
+    script = (
+        TOOL
+        + """
+import asyncio, ctypes
+
+async def send(order):
+    effect(order)
+
+guard(charge, 0)
+child = ctypes.PyDLL(None).fork()
+if child == 0:
+    for work in (lambda: guard(charge, 1), lambda: asyncio.run(guard(send, 2))):
+        try:
+            work()
+            say("not refused")
+        except StoreError as error:
+            say(error)
+    os._exit(0)
+assert wait_for(child) == 0
+for order in range(3, 20):
+    guard(charge, order)
+"""
+    )
+    actor = stage.start(script)
+
+    for _ in range(2):
+        told = actor.line()
+        assert os.fspath(stage.db) in told
+        assert "nothing ran" in told
+        assert "os.fork or multiprocessing" in told
+    actor.ends_well()
+    expected = {str(order): 1 for order in (0, *range(3, 20))}
+    assert expected == Counter(stage.effects())
+    assert expected == recorded(stage)

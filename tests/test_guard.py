@@ -537,7 +537,7 @@ def test_wrap_tools_keeps_the_kind_and_guards_once(guard: Guard) -> None:
 def test_what_is_not_callable_is_refused_with_advice(guard: Guard) -> None:
     """wrap_tools of something else, or of a thing that is no function, says what to wrap instead."""
     with pytest.raises(ledger.UsageError, match="a dict or a list"):
-        guard.wrap_tools("send")  # type: ignore[type-var]
+        guard.wrap_tools("send")  # type: ignore[call-overload]
     with pytest.raises(ledger.UsageError, match="wrap"):
         guard.wrap_tools({"send": 1})
 

@@ -19,8 +19,8 @@ from tests.stores.kit import (
     LEASE,
     FakeClock,
     SixMethodStore,
-    ask_of,
     claim,
+    claim_of,
     open_store,
     release,
     renew,
@@ -353,7 +353,7 @@ def test_a15_a_living_process_does_not_keep_an_abandoned_run(world: World) -> No
 def test_a15b_a_caller_that_gave_up_frees_the_call_at_once(world: World) -> None:
     """A15b: the row that was not entered is closed as failed, and nobody waits for the lease."""
     run = world.enter()
-    world.ask(ledger._not_entered(run))
+    world.ask(ledger._not_entered(claim_of(run), run.run))
 
     assert 2 == world.enter().run
     assert "failed" == world.states[0]
@@ -426,7 +426,7 @@ def test_a20_counts_of_many_threads_add_up(world: World) -> None:
 
     def count() -> None:
         for _ in range(50):
-            world.store.count("c", 1, "blocked", ask_of(asked))
+            world.store.count("blocked", asked, 1)
 
     threads = [threading.Thread(target=count) for _ in range(8)]
     for thread in threads:
@@ -446,11 +446,11 @@ def test_a21_a_repeated_count_is_written_once(six: World) -> None:
     assert isinstance(store, SixMethodStore)
     asked = claim()
     six.ask(asked)
-    store.count("c", 1, "blocked", ask_of(asked))
+    store.count("blocked", asked, 1)
     [counter] = (r for r in store.all() if "~n~" in r.id)
 
     store.put(counter)
-    store.count("c", 1, "blocked", ask_of(asked))
+    store.count("blocked", asked, 1)
 
     record = store.look("c")
     assert record is not None
@@ -472,7 +472,7 @@ def test_n2_counting_never_writes_the_status(six: World) -> None:
     asked = claim()
     p1 = six.store.transact(asked).row
     assert p1 is not None
-    between(six, lambda: six.store.count("c", 1, "blocked", ask_of(asked)))
+    between(six, lambda: six.store.count("blocked", asked, 1))
     six.ask(settle(p1))
 
     record = six.store.look("c")

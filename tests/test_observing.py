@@ -258,7 +258,8 @@ def warnings_in(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def test_the_footgun_warning(guard: Guard, capsys: pytest.CaptureFixture[str]) -> None:
-    """Three calls that differ in one argument are warned of in these words, once per tool."""
+    """Three calls that differ in one argument are warned of in these words, once per tool and process."""
+    guard.policy(send_email, name=f"shop{id(guard)}.send_email")
     for n in range(7):
         guard(send_email, "a", "hello", sent_at=n)
 
@@ -266,6 +267,11 @@ def test_the_footgun_warning(guard: Guard, capsys: pytest.CaptureFixture[str]) -
         "[ledger] ⚠  send_email called 3× with different args in <10s (only sent_at changes) — "
         "if retrying, add key=…"
     )
+    other = Guard(store=MemoryStore(), quiet=False)
+    other.policy(send_email, name=f"shop{id(guard)}.send_email")
+    for n in range(7):
+        other(send_email, "a", "hello", sent_at=n)
+    assert warnings_in(capsys) == []
 
 
 def test_no_footgun_warning_without_reason(guard: Guard, capsys: pytest.CaptureFixture[str]) -> None:

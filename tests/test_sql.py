@@ -69,8 +69,8 @@ def test_a_run_is_whole(db: sqlite3.Connection, change: str) -> None:
         db.execute(f"UPDATE runs SET {change} WHERE call = 'open'")
 
 
-def test_the_triggers_write_the_events(db: sqlite3.Connection) -> None:
-    """Each claim and each end has its event, written by the same statement."""
+def test_each_claim_and_each_end_has_its_event(db: sqlite3.Connection) -> None:
+    """Each claim and each end has its event, written in the same transaction."""
     events = db.execute("SELECT call, run, kind FROM events ORDER BY seq").fetchall()
 
     assert [("done", 1, "claimed"), ("done", 1, "success"), ("open", 1, "claimed")] == events

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import ledger
-from ledger import Clock, MemoryStore, Record, Run, SqliteStore, Store
+from ledger import Claim, Clock, MemoryStore, Record, Run, SqliteStore, Store
 
 SECOND = 1_000_000
 LEASE = 300 * SECOND
@@ -80,55 +80,46 @@ def open_store(kind: str, folder: Path, clock: Clock | None = None) -> Store:
     return MemoryStore(clock=clock) if kind == "memory" else SixMethodStore(clock=clock)
 
 
-def claim(call: str = "c", **values: Any) -> Any:
+def claim(call: str = "c", **values: Any) -> Claim:
     """A claim that asks for the first run of a call unless told otherwise."""
     defaults: dict[str, Any] = {
         "token": ledger.new_token(), "tool": "tests.charge", "wf": "w", "caller": "", "key": None,
-        "args": None, "matched": None, "max": 1, "ttl": None, "lease": LEASE, "on_doubt": "rerun",
-        "forced": False, "not_done": None,
+        "matched": None, "max": 1, "ttl": None, "lease": LEASE, "on_doubt": "rerun", "forced": False,
     }  # fmt: skip
-    return ledger._make(ledger._Claim, call=call, **{**defaults, **values})
+    return ledger.Claim(call=call, **{**defaults, **values})
+
+
+def claim_of(run: Run) -> Claim:
+    """The claim that this run came from."""
+    return claim(run.call, token=run.owner, tool=run.tool, wf=run.wf)
 
 
 def settle(run: Run, status: str = "success", *, result: str | None = None) -> ledger.Op:
     """The owner's word on how that run ended."""
-    values: dict[str, Any] = {"result": result, "error": None, "trace": None}
-    return ledger._make(ledger._Settle, call=run.call, token=run.owner, run=run.run, status=status, **values)
+    return ledger.Settle(claim_of(run), run.run, status, result)
 
 
 def renew(run: Run) -> ledger.Op:
     """The owner of that run is alive."""
-    return ledger._make(ledger._Renew, call=run.call, token=run.owner, run=run.run, lease=LEASE)
+    return ledger.Renew(claim_of(run), run.run)
 
 
 def release(run: Run, *, limit: int = 1, ttl: int | None = None, token: str = "") -> ledger.Op:
     """`retry` by somebody who saw that run."""
-    return ledger._make(
-        ledger._Release, call=run.call, token=token or ledger.new_token(), run=run.run, owner=run.owner,
-        max=limit, ttl=ttl, why="retry",
-    )  # fmt: skip
+    return ledger.Release(run.call, token or ledger.new_token(), run.run, run.owner, limit, ttl, "retry")
 
 
 def resolve(
     run: Run, *, done: bool, result: str | None = None, reconciled: bool = False, token: str = ""
 ) -> ledger.Op:
     """The answer of somebody who saw that run and found out."""
-    return ledger._make(
-        ledger._Resolve, call=run.call, token=token or ledger.new_token(), run=run.run, owner=run.owner,
-        done=done, result=result, reconciled=reconciled, why="told",
-    )  # fmt: skip
+    token = token or ledger.new_token()
+    return ledger.Resolve(run.call, token, run.run, run.owner, done, result, reconciled, "told")
 
 
 def reset(asked: int, call: str = "c", token: str = "") -> ledger.Op:
     """Forget one call."""
-    return ledger._make(ledger._Reset, call=call, token=token or ledger.new_token(), asked=asked)
-
-
-def ask_of(claimed: Any) -> Any:
-    """As much of an attempt as a store's `count` looks at."""
-    ask = ledger._Ask()
-    ask.claim = claimed
-    return ask
+    return ledger.Reset(call, token or ledger.new_token(), asked)
 
 
 def shape(rows: Iterable[Run]) -> list[tuple[Any, ...]]:

@@ -12,7 +12,6 @@ from tests.stores.kit import (
     KINDS,
     SECOND,
     FakeClock,
-    ask_of,
     claim,
     open_store,
     release,
@@ -325,7 +324,7 @@ def test_blocked_attempts_are_counted(store: Store) -> None:
     asked = claim()
     store.transact(asked)
     for _ in range(5):
-        store.count("c", 1, "blocked", ask_of(asked))
+        store.count("blocked", asked, 1)
     store.flush()
 
     record = store.look("c")
@@ -338,7 +337,7 @@ def test_an_unlimited_tool_is_counted_without_a_claim(store: Store) -> None:
     """Runs of an unlimited tool make one row that counts, and no run."""
     asked = claim()
     for kind in ("ran", "ran", "raised"):
-        store.count("c", 0, kind, ask_of(asked), "Boom" if kind == "raised" else None)
+        store.count(kind, asked, 0, "Boom" if kind == "raised" else None)
     store.flush()
 
     [(record, rows)] = store.calls()
@@ -376,7 +375,7 @@ def test_totals_are_what_a_recount_gives(store: Store, clock: FakeClock) -> None
         asked = claim(call=f"c{number}", tool=f"tests.tool{number % 2}")
         run = store.transact(asked).row
         assert run is not None
-        store.count(run.call, 1, "blocked", ask_of(asked))
+        store.count("blocked", asked, 1)
         if end in ("late", "gone"):
             clock.advance(301)
             store.transact(claim(call=run.call, tool=run.tool))
@@ -408,7 +407,7 @@ def test_totals_are_what_a_recount_gives(store: Store, clock: FakeClock) -> None
 
 def test_the_six_methods_do_what_they_say(store: Store) -> None:
     """Claim inserts once, get finds, put overwrites, all lists, delete and clear remove."""
-    record = ledger._record([claim().first_row(store.clock.wall(), 0)], 0, in_doubt=False)
+    record = ledger._record([claim().first_row(store.clock.wall(), 0)], 0)
     other = record._replace(id="d", call="d", wf="other")
 
     assert (None, True, False) == (store.get("c"), store.claim(record), store.claim(record))
