@@ -714,68 +714,90 @@ def _named_parts(value: Any) -> Mapping[Any, Any] | None:
 
 # ═══ Results: stored as JSON, given back as they were ═════════════════════════════════
 
-_result_json: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-
 
 def _store_form(value: Any) -> str:
-    """A result as JSON text that `_restore` turns back; raises whatever says that it cannot."""
-    return _result_json(_pack(value))
+    """A result as JSON text that `_restore` turns back: what JSON lacks is {"$": kind, "v": value, …}.
+
+    Raises whatever says that there is none.
+    """
+    form = _STORED.get(type(value))
+    return form(value) if form is not None else _store_other(value)
 
 
-def _pack(value: Any) -> Any:
-    """Plain JSON values as they are, anything else as {"$": kind, …}."""
+def _packed(kind: str, value: str, **more: Any) -> str:
+    rest = "".join([f',"{name}":{_store_form(v)}' for name, v in more.items()])
+    return f'{{"$":{_quote(kind)},"v":{value}{rest}}}'
+
+
+def _store_list(values: Iterable[Any]) -> str:
+    return "[" + ",".join([_store_form(v) for v in values]) + "]"
+
+
+def _store_fields(values: dict[str, Any]) -> str:
+    return "{" + ",".join([f"{_quote(n)}:{_store_form(v)}" for n, v in values.items()]) + "}"
+
+
+def _store_dict(value: dict[Any, Any]) -> str:
+    if "$" not in value and all(type(k) is str for k in value):
+        return _store_fields(value)
+    return _packed("dict", _store_list(list(pair) for pair in value.items()))
+
+
+def _store_time(value: Any) -> str:
+    zone = getattr(getattr(value, "tzinfo", None), "key", None)
+    kind = f"datetime.{type(value).__name__}"
+    return _packed(kind, _quote(value.isoformat()), z=zone, f=getattr(value, "fold", 0))
+
+
+_STORED: Final[dict[type, Callable[[Any], str]]] = {
+    str: _quote,
+    dict: _store_dict,
+    list: _store_list,
+    bool: lambda v: "true" if v else "false",
+    type(None): lambda v: "null",
+    int: lambda v: str(v) if v.bit_length() < 10_000 else _packed("int", _quote(hex(v))),
+    float: lambda v: repr(v) if v - v == 0 else _packed("float", _quote(repr(v))),
+    tuple: lambda v: _packed("tuple", _store_list(v)),
+    set: lambda v: _packed("set", _store_list(v)),
+    frozenset: lambda v: _packed("frozenset", _store_list(v)),
+    bytes: lambda v: _packed("bytes", _quote(v.hex())),
+    bytearray: lambda v: _packed("bytearray", _quote(v.hex())),
+    complex: lambda v: _packed("complex", _store_list((v.real, v.imag))),
+}
+_STORED_BY_NAME: Final[dict[str, Callable[[Any], str]]] = {
+    "decimal.Decimal": lambda v: _packed("decimal.Decimal", _quote(str(v))),
+    "uuid.UUID": lambda v: _packed("uuid.UUID", _quote(str(v))),
+    "datetime.datetime": _store_time,
+    "datetime.date": _store_time,
+    "datetime.time": _store_time,
+    "datetime.timedelta": lambda v: _packed(
+        "datetime.timedelta", _store_list((v.days, v.seconds, v.microseconds))
+    ),
+}
+
+
+def _store_other(value: Any) -> str:
     kind = type(value)
-    if kind in (str, bool, type(None)):
-        return value
-    if kind is int:
-        return value if value.bit_length() < 10_000 else {"$": "int", "v": hex(value)}
-    if kind is float:
-        return value if value - value == 0 else {"$": "float", "v": repr(value)}
-    if kind is list:
-        return [_pack(v) for v in value]
-    if kind is dict:
-        if "$" not in value and all(type(k) is str for k in value):
-            return {k: _pack(v) for k, v in value.items()}
-        return {"$": "dict", "v": [[_pack(k), _pack(v)] for k, v in value.items()]}
-    packed = _pack_special(value, kind)
-    if packed is not None:
-        return packed
-    bases: tuple[Callable[[Any], Any], ...] = (str, int, float, list, dict, tuple, set, bytes)
-    for base in bases:
-        if isinstance(value, cast("type", base)):  # a subclass without a form comes back as its base
-            return _pack(base(value))
-    raise TypeError(f"no stored form for {_type_name(kind)}")
-
-
-def _pack_special(value: Any, kind: type) -> dict[str, Any] | None:
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    if kind in (tuple, set, frozenset):
-        return {"$": kind.__name__, "v": [_pack(v) for v in value]}
-    if kind in (bytes, bytearray):
-        return {"$": kind.__name__, "v": value.hex()}
-    if kind is complex:
-        return {"$": "complex", "v": [value.real, value.imag]}
+    form = _STORED_BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
+    if form is not None:
+        return form(value)
     if isinstance(value, Enum):
-        return {"$": "enum", "t": _type_name(kind), "v": value.name, "w": _pack(value.value)}
-    if name in ("decimal.Decimal", "uuid.UUID"):
-        return {"$": name, "v": str(value)}
-    if name in ("datetime.datetime", "datetime.date", "datetime.time"):
-        zone = getattr(getattr(value, "tzinfo", None), "key", None)
-        return {"$": name, "v": value.isoformat(), "z": zone, "f": getattr(value, "fold", 0)}
-    if name == "datetime.timedelta":
-        return {"$": name, "v": [value.days, value.seconds, value.microseconds]}
+        return _packed("enum", _store_form(value.name), t=_type_name(kind), w=value.value)
     if hasattr(kind, "__fspath__") and kind.__module__.startswith("pathlib"):
-        return {"$": "path", "v": str(value)}
+        return _packed("path", _quote(str(value)))
     if hasattr(kind, "get_secret_value"):
         raise TypeError("it holds a secret")
     fields = _fields(value)
     if fields is not None:
         how = "model" if hasattr(kind, "__pydantic_fields__") else "data"
         given = sorted(getattr(value, "__pydantic_fields_set__", ()))
-        return {"$": how, "t": _type_name(kind), "v": {n: _pack(v) for n, v in fields.items()}, "s": given}
+        return _packed(how, _store_fields(fields), t=_type_name(kind), s=given)
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
-        return {"$": "named", "t": _type_name(kind), "v": [_pack(v) for v in value]}
-    return None
+        return _packed("named", _store_list(value), t=_type_name(kind))
+    for base, base_form in _STORED.items():
+        if isinstance(value, base):  # a subclass without a form comes back as its base
+            return base_form(cast("Any", base)(value))
+    raise TypeError(f"no stored form for {_type_name(kind)}")
 
 
 def _restore(text: str, known: Sequence[type] = ()) -> Any:
@@ -1925,6 +1947,7 @@ class _Keeper:
         #: outcomes to write: the attempt keeps its lease alive, `once` means do not insist
         self._pending: list[tuple[Op, _Attempt | None, bool]] = []
         self._wakes_at = 0.0
+        self._flush_at = 0.0
         self._thread: threading.Thread | None = None
         self.counting = False
 
@@ -1932,7 +1955,7 @@ class _Keeper:
         """Renew the lease of this run until `forget`, or until nobody holds the run any more."""
         due = time.monotonic() + attempt.claim.lease / _MICROS / 3
         self._live[attempt.claim.token] = (weakref.ref(attempt), due)
-        if due < self._wakes_at or not self._alive():
+        if self._thread is None or due < self._wakes_at:
             self._wake()
 
     def forget(self, token: str) -> None:
@@ -1948,17 +1971,15 @@ class _Keeper:
     def counted(self) -> None:
         """Something waits for `Store.flush`."""
         if not self.counting:
+            # soon after a pause, so that a SIGKILL loses little; else ten times a second
+            self._flush_at = max(self._flush_at + self.COUNT_SECONDS, time.monotonic() + 0.01)
             self.counting = True
-            if self._wakes_at > time.monotonic() + self.COUNT_SECONDS or not self._alive():
+            if self._thread is None or self._wakes_at > self._flush_at:
                 self._wake()
-
-    def _alive(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
 
     def _wake(self) -> None:
         with self._lock:
-            if not self._alive():
-                self._wakes_at = 0.0
+            if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="ledger-keeper", daemon=True)
                 try:
                     self._thread.start()
@@ -1980,13 +2001,14 @@ class _Keeper:
                     _logger().debug("the keeper will try again: %s", error)
 
     def _pause(self) -> float:
-        if self._pending or self.counting:
-            return self.COUNT_SECONDS
-        due = min((d for _, d in list(self._live.values())), default=None)
-        return 60.0 if due is None else min(60.0, max(0.001, due - time.monotonic()))
+        now = time.monotonic()
+        due = min([now + 60.0, *(d for _, d in list(self._live.values()))])
+        due = min(due, self._flush_at) if self.counting else due
+        due = min(due, now + self.COUNT_SECONDS) if self._pending else due
+        return max(0.001, due - now)
 
     def _flush(self) -> None:
-        if self.counting:
+        if self.counting and time.monotonic() >= self._flush_at:
             self.counting = False
             try:
                 self.store.flush()
@@ -2511,9 +2533,8 @@ class SqliteStore(Store):
         An item leaves the queue when it is answered, so that no interruption can lose it; what is
         done again although it was committed finds its own token in the rows.
         """
-        if self._crowd > 1:  # those just answered will be back at once: one fsync for all of them
-            time.sleep(0.00005)
-        pause = 0.0001
+        self._linger()
+        pause = 0.001
         while self._queue:
             if self._forking:
                 time.sleep(0.001)
@@ -2530,7 +2551,14 @@ class SqliteStore(Store):
                     return
             self._fail_overdue(batch)
             time.sleep(pause)
-            pause = min(pause * 1.5, 0.005)
+            pause = min(pause * 1.5, 0.02)
+
+    def _linger(self) -> None:
+        """Those who shared the last commit will be back at once: one fsync for all of them."""
+        patience = 8
+        while len(self._queue) < self._crowd and patience:
+            time.sleep(0.00005)
+            patience -= 1
 
     def _begin_writing(self, db: sqlite3.Connection, batch: list[_Item]) -> bool:
         """Open a write transaction as durable as the batch asks for; False when another holds it."""
@@ -2565,13 +2593,18 @@ class SqliteStore(Store):
         self._answer(failed)
 
     def _run(self, db: sqlite3.Connection, batch: list[_Item]) -> None:
-        """Commit the items; one that fails takes none of its neighbours along."""
+        """Commit the items; one that fails takes none of its neighbours along: they are done again.
+
+        A savepoint for each would cost every group what only a failure needs.
+        """
+        for item in batch:
+            try:
+                item.answer = item.perform(db)
+            except Exception as error:
+                _roll_back(db)
+                self._fail([item], self._translated(error))
+                return
         try:
-            for item in batch:
-                if not self._attempt(db, item, alone=len(batch) == 1):
-                    _roll_back(db)
-                    self._answer([item])  # the neighbours are undone with it, and redone without it
-                    return
             db.execute("COMMIT")
         except sqlite3.Error as error:
             _roll_back(db)
@@ -2582,22 +2615,6 @@ class SqliteStore(Store):
         self._crowd = len(batch)
         self._unrolled += len(batch)
         self._answer(batch)
-
-    def _attempt(self, db: sqlite3.Connection, item: _Item, *, alone: bool) -> bool:
-        """Run one item; False if the transaction is over for all."""
-        try:
-            if not alone:
-                db.execute("SAVEPOINT item")
-            item.answer = item.perform(db)
-            if not alone:
-                db.execute("RELEASE item")
-        except Exception as error:
-            item.error = self._translated(error)
-            if alone or not db.in_transaction:  # SQLite rolls everything back on a full disk
-                return False
-            db.execute("ROLLBACK TO item")
-            db.execute("RELEASE item")
-        return True
 
     def _answer(self, items: list[_Item]) -> None:
         for item in items:
@@ -3551,15 +3568,15 @@ class _Attempt:
             return self.answer_done(row.run, row.result)
         if verdict.kind == "reconcile":
             return (yield from self._reconcile(row))
-        record = self.store.describe([row])
         if verdict.kind == "doubt":
-            raise self._in_doubt(record._replace(in_doubt=True))
+            raise self._in_doubt(self.store.describe([row])._replace(in_doubt=True))
         if not self.policy.replay:
             return self._answer_blocked(row.run, "is running")
         own = any(a.claim.token == row.owner for a in _running.get())
         left = deadline - time.monotonic()
         if own or left <= 0:
             self._count(row.run)
+            record = self.store.describe([row])
             why = "is what this call is part of" if own else "is still running"
             raise InProgress(
                 f"call {record.short} ({record.call}) {why} in {record.holder} since "
@@ -4122,6 +4139,8 @@ class Guard:
     # -- telling --
 
     def _after_settle(self, attempt: _Attempt, ending: Settle) -> None:
+        if self._is_quiet() and not (self._on_success or self._on_failure or self._on_doubt):
+            return
         if not self._is_quiet():
             mark = {"success": "✓", "failed": "✗", "suspended": "⏸"}.get(ending.status, "?")
             told = f"   → {ending.error.splitlines()[0]}" if ending.error else ""
