@@ -2045,7 +2045,7 @@ class _Keeper:
                 self.forget(op.claim.token)
 
     def finish(self) -> None:
-        """Write everything that waits, within a time limit; go on watching only what still runs."""
+        """Write what waits, outcomes within a time limit, counts if they can be; watch what still runs."""
         if self.pid != os.getpid():
             return
         limit = time.monotonic() + self.FINISH_SECONDS
@@ -2055,11 +2055,12 @@ class _Keeper:
                 self.store.flush()
                 break
             except LedgerError as error:
-                if time.monotonic() > limit:
-                    left = len(self._pending)
-                    _warn(f"{left} outcome(s) or counts could not be written before the end: {error}")
-                    break
-                time.sleep(0.05)
+                if self._pending and time.monotonic() < limit:
+                    time.sleep(0.05)
+                    continue
+                what = f"{len(self._pending)} outcome(s)" if self._pending else "counts of blocked attempts"
+                _warn(f"{what} could not be written before the end: {error}")
+                break
         if not self._live:
             with self._lock:
                 self._thread = None

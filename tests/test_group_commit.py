@@ -264,6 +264,13 @@ def test_each_of_many_threads_gets_its_own_answer(guard: Guard) -> None:
     assert 0 == statuses(guard)["running"]
 
 
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes without coverage: Ctrl-C in its tracer leaves its own lock taken."""
+    for name in ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"):
+        monkeypatch.delenv(name, raising=False)
+
+
 INTERRUPTED = """
 def charge(order):
     effect(order)
@@ -314,6 +321,7 @@ say(*done)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unmeasured")
 def test_ctrl_c_while_committing_for_others_loses_nobody(stage: Stage) -> None:
     """A real SIGINT in the main thread, at any moment of its commits for others, ends its call alone."""
     times = 150
@@ -411,6 +419,7 @@ os._exit(0)  # whoever hangs would keep it
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unmeasured")
 def test_ctrl_c_anywhere_leaves_the_others_their_answer(stage: Stage) -> None:
     """Wherever in the guard Ctrl-C meets a caller, the next call of another thread is answered and runs."""
     actor = stage.start(ANYWHERE)
