@@ -897,16 +897,16 @@ _COROUTINE: Final = 0x80 | 0x100  # CO_COROUTINE, CO_ITERABLE_COROUTINE
 _GENERATOR, _ASYNC_GENERATOR = 0x20, 0x200
 
 
-_importing: Final = threading.Lock()
+#: held while something is done for the first time in this process; a fork waits for it, because a
+#: child waits for ever for what a thread that it does not have was about to load or open
+_first_time: Final = threading.Lock()
 
 
 def _load() -> None:
-    """Import what first calls need, under a lock that a fork waits for.
-
-    A child waits for ever for a module whose import another thread of its parent had begun.
-    """
-    with _importing:
-        import dis  # noqa: F401 - loaded, not used
+    """Import what first calls need."""
+    with _first_time:
+        for name in ("dis", "inspect", "logging", "socket", "traceback", "urllib.parse"):
+            __import__(name)
 
 
 class _Tool:
@@ -1564,6 +1564,7 @@ Op = Claim | Settle | Renew | Release | Resolve | Reset
 
 # ═══ Stores: the contract ═════════════════════════════════════════════════════════════
 
+_forked: Final[weakref.WeakSet[Store]] = weakref.WeakSet()  # what a fork must look after
 _TOTALS: Final = ("actions", "attempts", "executed", "blocked", "failed", "in_doubt", "suspended", "running")
 Totals = dict[str, dict[str, int]]
 
@@ -1594,6 +1595,7 @@ class Store:
         self._keeper = None
         self._newest_seen, self._counters = {}, {}
         self._counter_lock = threading.Lock()
+        _forked.add(self)
         return self
 
     def __init__(self, *, clock: Clock | None = None) -> None:
@@ -1846,6 +1848,17 @@ class Store:
         import asyncio
 
         return await asyncio.get_running_loop().run_in_executor(None, self.quick, call)
+
+    # -- fork --
+
+    def _before_fork(self) -> None:
+        self._counter_lock.acquire(timeout=5)
+
+    def _after_fork_in_parent(self) -> None:
+        _ring(self._counter_lock)
+
+    def _after_fork_in_child(self) -> None:
+        _ring(self._counter_lock)
 
     def __getstate__(self) -> NoReturn:
         raise UsageError(
@@ -2264,7 +2277,6 @@ class SqliteStore(Store):
         self.lock_seconds = lock_seconds
         self._identity: tuple[int, int] | None = None
         self._begin()
-        _forked.add(self)
 
     def _begin(self) -> None:
         """What a process starts with, and a forked child starts anew: nothing is inherited."""
@@ -3206,23 +3218,20 @@ def _call_loop(loop: Any, function: Callable[[], object]) -> None:
         pass
 
 
-_forked: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
-
-
 def _before_fork() -> None:
-    _importing.acquire(timeout=5)
+    _first_time.acquire(timeout=5)
     for store in list(_forked):
         store._before_fork()
 
 
 def _after_fork_in_parent() -> None:
-    _ring(_importing)
+    _ring(_first_time)
     for store in list(_forked):
         store._after_fork_in_parent()
 
 
 def _after_fork_in_child() -> None:
-    _ring(_importing)
+    _ring(_first_time)
     for store in list(_forked):
         store._after_fork_in_child()
 
@@ -3895,7 +3904,6 @@ async def _perform_async(attempt: _Attempt, what: str, argument: Any) -> Any:
 # ═══ The guard ════════════════════════════════════════════════════════════════════════
 
 _stores: weakref.WeakValueDictionary[tuple[str, ...], SqliteStore] = weakref.WeakValueDictionary()
-_stores_lock = threading.Lock()
 _burst_warned: set[str] = set()
 Callback = Callable[[Record], object]
 Recent = deque[tuple[float, str, str]]
@@ -3912,7 +3920,7 @@ def _open_store(url: str, **settings: Any) -> Store:
         return MemoryStore()
     path = os.path.abspath(rest.removeprefix("/") if found else url)
     key = (os.path.realpath(path), *(str(settings[name]) for name in sorted(settings)))
-    with _stores_lock:
+    with _first_time:
         store = _stores.get(key) or SqliteStore(path, **settings)
         _stores[key] = store
     return store
@@ -4015,7 +4023,10 @@ class Guard:
         return self._outcome(attempt, self._answer(attempt))
 
     async def _outcome_async(self, attempt: _Attempt) -> Outcome[Any]:
-        return self._outcome(attempt, await self._answer_async(attempt))
+        import asyncio
+
+        reply = await self._answer_async(attempt)
+        return await asyncio.to_thread(self._outcome, attempt, reply)  # it waits for a commit
 
     def _outcome(self, attempt: _Attempt, reply: _Reply) -> Outcome[Any]:
         value = reply.given()
@@ -4024,7 +4035,10 @@ class Guard:
             record = attempt.store.look(attempt.claim.call)
         except LedgerError:  # the tool ran: its result counts more than its record
             record = None
-        return Outcome(reply.kind, value, record or _record([attempt.last_row()], 0))
+        stale = reply.kind == "executed" and record is not None and record.status is Status.RUNNING
+        if record is None or (stale and record.run == attempt.run):
+            record = _record([attempt.last_row()], 0)
+        return Outcome(reply.kind, value, record)
 
     async def _value_async(self, attempt: _Attempt) -> Any:
         return (await self._answer_async(attempt)).given()

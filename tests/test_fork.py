@@ -598,3 +598,26 @@ for order in range(3, 20):
     expected = {str(order): 1 for order in (0, *range(3, 20))}
     assert expected == Counter(stage.effects())
     assert expected == recorded(stage)
+
+
+def test_a_child_has_a_copy_of_what_is_in_memory(stage: Stage) -> None:
+    """A memory store goes on in both sides, each for itself."""
+    script = (
+        TOOL
+        + """
+from ledger import MemoryStore
+guard = Guard(store=MemoryStore(), quiet=True)
+guard(charge, 1)
+def work():
+    assert guard(charge, 1) is None
+    guard(charge, 2)
+    assert guard.stats()["executed"] == 2
+assert wait_for(in_child(work)) == 0
+guard(charge, 2)
+assert guard.stats()["executed"] == 2
+"""
+    )
+
+    stage.start(script).ends_well()
+
+    assert ["1", "2", "2"] == stage.effects()

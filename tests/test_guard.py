@@ -1,10 +1,14 @@
 """The guard in one process: what runs, what is blocked, what waits, and what each is told."""
 
 import functools
+import shutil
+import signal
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -648,3 +652,71 @@ def test_reset_forgets_a_workflow_and_refuses_beside_a_run(guard: Guard) -> None
     first.join(30)
     guard.reset()
     assert guard.call(tool.charge, 1).executed
+
+
+def test_a_durability_that_does_not_exist_is_refused() -> None:
+    """sync= has three names."""
+    with pytest.raises(ledger.UsageError, match="is not one of 'full', 'claim' and 'off'"):
+        Guard("x.db", sync="fast")  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def alarm() -> Iterator[Callable[[float], None]]:
+    """Ctrl-C in so many seconds, as a real signal."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds) and None
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_ctrl_c_while_waiting_for_a_lock_leaves_nothing(
+    tmp_path: Path, alarm: Callable[[float], None]
+) -> None:
+    """Who is interrupted before its claim was written has left no run, and the next call runs."""
+    guard = Guard(tmp_path / "ledger.db", quiet=True)
+    guard(str, 0)
+    with closing(sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        alarm(0.1)
+        with pytest.raises(KeyboardInterrupt):
+            guard(str, 1)
+        holder.execute("ROLLBACK")
+
+    assert "1" == guard(str, 1)
+    assert {"success"} == {call["status"] for call in guard.history()}
+    guard.close()
+
+
+def test_a_claim_that_took_longer_than_its_lease_is_renewed_before_the_tool(tmp_path: Path) -> None:
+    """A caller that stalled makes sure that the run is still its own, then enters."""
+    guard = Guard(tmp_path / "ledger.db", quiet=True)
+    guard.policy(str, timeout=0.1)
+    guard(str, 0)
+    with closing(
+        sqlite3.connect(tmp_path / "ledger.db", isolation_level=None, check_same_thread=False)
+    ) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        threading.Timer(0.3, holder.execute, ["ROLLBACK"]).start()
+
+        assert "1" == guard(str, 1)
+
+    assert [1, 1] == [call["run"] for call in guard.history()]
+    guard.close()
+
+
+def test_a_result_outlives_a_lost_file_here_too(tmp_path: Path) -> None:
+    """guard.call gives the value and a record from memory when the file is gone after the tool ran."""
+    guard = Guard(tmp_path / "ledger.db", quiet=True)
+
+    def lose() -> str:
+        (tmp_path / "ledger.db").unlink()
+        return "receipt"
+
+    outcome = guard.call(lose)
+
+    assert ("executed", "receipt", Status.SUCCESS) == (outcome.kind, outcome.value, outcome.record.status)
+    shutil.rmtree(tmp_path)

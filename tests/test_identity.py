@@ -385,3 +385,48 @@ def test_a_misspelt_parameter_is_refused_at_once(option: Any) -> None:
         guard.policy(send, **options)
 
     assert guard(send, "a") == "a"
+
+
+def test_a_nested_function_may_speak_of_itself() -> None:
+    """A function that closes over its own name, or over one that is not set yet, is a tool."""
+    guard = memory()
+
+    def count_down(n: int) -> int:
+        return n and count_down(n - 1)
+
+    def early() -> int:
+        return later
+
+    assert (0, 1) == (guard(count_down, 2), len(guard.history()))
+    with pytest.raises(NameError):
+        guard(early)
+    later = 1
+    assert 1 == guard(early)
+
+
+def test_a_constant_without_a_form_still_tells_functions_apart() -> None:
+    """Code whose constants have no stable form is known by their types."""
+    assert memory()(lambda: ...) is ...
+
+
+def test_arguments_given_twice_raise_what_the_call_would_raise() -> None:
+    """A parameter that comes by place and by name is the caller's mistake, and nothing runs."""
+    with pytest.raises(TypeError, match=r"send\(\): multiple values for argument 'to'"):
+        memory()(send, "a", to="b")
+
+
+def test_a_callable_without_a_hash_is_a_tool() -> None:
+    """A tool object that cannot be a dict key is guarded like any other."""
+
+    class Unhashable:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __ledger_key__(self) -> str:
+            return "one"
+
+        def __call__(self, n: int) -> int:
+            return n
+
+    guard = memory()
+
+    assert [3, None] == [guard(Unhashable(), 3) for _ in range(2)]

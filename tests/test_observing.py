@@ -1,5 +1,6 @@
 """What people and programs see: the log, sums, histories, events, notices, callbacks, warnings."""
 
+import io
 import json
 import logging
 from collections.abc import Iterator
@@ -367,3 +368,53 @@ def test_check_raises_for_what_is_no_ledger(tmp_path: Path) -> None:
         Guard(path, quiet=True).check()
 
     assert path.read_bytes() == b"no database at all" * 100
+
+
+def test_a_guard_says_where_it_keeps_its_records(tmp_path: Path) -> None:
+    """Its text form names the store or the file."""
+    texts = [repr(Guard(store=MemoryStore())), repr(Guard(tmp_path / "l.db")), repr(Guard())]
+
+    assert ["Guard(MemoryStore)", f"Guard({tmp_path / 'l.db'})", "Guard(LEDGER_DB or ./ledger.db)"] == texts
+    assert "ledger.NOT_DONE" == repr(ledger.NOT_DONE)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_notice_reaches_a_narrow_terminal(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where stderr cannot say ✓ it says something else, and the tool's result is not lost."""
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stderr", io.TextIOWrapper(raw, encoding, write_through=True))
+
+    assert "sent to a" == Guard(store=MemoryStore(), quiet=False)(send_email, "a")
+
+    assert {"ascii": b"[ledger] ? send_email\n", "utf-8": "[ledger] ✓ send_email\n".encode()}[
+        encoding
+    ] == raw.getvalue()
+
+
+@pytest.mark.parametrize("stream", [None, "closed"])
+def test_a_lost_stderr_loses_no_result(stream: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program without stderr, or with a closed one, gets its results all the same."""
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr("sys.stderr", closed if stream else None)
+
+    assert "sent to a" == Guard(store=MemoryStore(), quiet=False)(send_email, "a")
+
+
+class Unprintable(Exception):
+    """An error that cannot say what it is."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def test_an_error_without_words_is_recorded_by_its_type(guard: Guard) -> None:
+    """The tool's own error reaches the caller, and the record has its type."""
+
+    def fail() -> None:
+        raise Unprintable
+
+    with pytest.raises(Unprintable):
+        guard(fail)
+
+    assert "Unprintable" == guard.history()[0]["error"]

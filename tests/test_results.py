@@ -231,3 +231,15 @@ def test_callers_never_share_a_mutable_object(make: Callable[[], Any]) -> None:
 
     assert answers == [make()] * 3
     assert len(set(inner[:3])) == 3
+
+
+def test_an_annotation_that_cannot_be_evaluated_restores_plain_values() -> None:
+    """A return annotation whose names nobody knows is no reason to lose a result."""
+    guard = Guard(store=MemoryStore(), quiet=True)
+
+    def pay() -> "Nowhere":  # type: ignore[name-defined]  # noqa: F821 - that is the point
+        return (1, 2)
+
+    guard.policy(pay, replay=True)
+
+    assert ((1, 2), (1, 2)) == (guard(pay), guard(pay))

@@ -244,3 +244,31 @@ def test_arguments_are_shown_as_json() -> None:
 
     assert (shown["a"], shown["c"], shown["d"], shown["f"]) == ("<3 bytes>", {"1": 2.5}, "inf", "password")
     assert shown["b"].endswith("… (10001 characters)")
+
+
+@pytest.mark.parametrize("pair", [tuple, list])
+def test_headers_given_as_pairs_are_masked(pair: Callable[[Any], Any]) -> None:
+    """A list of pairs names its values as a dict does."""
+    headers = [pair(("Authorization", SECRET)), pair(("Accept", "text/plain"))]
+
+    assert {"headers": [["Authorization", "****"], ["Accept", "text/plain"]]} == show(headers=headers)
+
+
+def test_what_is_too_small_to_be_a_secret_masks_nothing_else() -> None:
+    """Yes, no, nothing and two letters under a secret name are masked, and are no secrets elsewhere."""
+    shown = show(login={"password": None, "token": True, "pin": "12"}, floor="12", ready=True)
+
+    assert {
+        "login": {"password": "****", "token": "****", "pin": "****"},
+        "floor": "12",
+        "ready": True,
+    } == shown
+
+
+def test_a_text_of_a_class_of_its_own_is_shown_as_text() -> None:
+    """A subclass of str that is no enum is text."""
+
+    class Name(str):
+        __slots__ = ()
+
+    assert {"name": "ada"} == show(name=Name("ada"))
