@@ -961,7 +961,9 @@ class _Tool:
         try:
             full = self.parameters.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{_short(self.name)}(): {error}") from None
+            own = not self.by_name.issuperset({"key", "ledger_key"} & kwargs.keys())
+            hint = "; the guard's own key goes with guard(fn, …, key=…) or policy key=" if own else ""
+            raise TypeError(f"{_short(self.name)}(): {error}{hint}") from None
         full.apply_defaults()
         return full.arguments
 
@@ -1129,7 +1131,7 @@ def _refuse_uncallable(fn: Any, where: str) -> None:
     """Raise for what cannot run once: say what to wrap instead."""
     if isinstance(fn, classmethod) or not callable(fn):
         raise UsageError(
-            f"{where}: {type(fn).__name__} object {_brief(fn)} is not callable; pass the function "
+            f"{where}: {fn!r:.60} ({type(fn).__name__}) is not callable; pass the function "
             "itself and build the framework's tool object from the guarded function"
         )
     plain = hasattr(fn, "__code__") or isinstance(fn, type | functools.partial)
@@ -1160,6 +1162,7 @@ def _refuse_uncallable(fn: Any, where: str) -> None:
 
 
 def _brief(value: Any) -> str:
+    value = value.func if isinstance(value, functools.partial) else value
     return str(getattr(value, "__qualname__", None) or getattr(value, "name", None) or type(value).__name__)
 
 
@@ -1587,13 +1590,14 @@ class Store:
     _newest_seen: dict[str, tuple[int, Record]]
     _counters: dict[str, Record]
     _counter_lock: threading.Lock
+    _uncounted: set[str]
 
     def __new__(cls, *_args: object, **_options: object) -> Self:
         """Set what the base needs, so that a store's own `__init__` may forget about it."""
         self = super().__new__(cls)
         self.clock = Clock()
         self._keeper = None
-        self._newest_seen, self._counters = {}, {}
+        self._newest_seen, self._counters, self._uncounted = {}, {}, set()
         self._counter_lock = threading.Lock()
         _forked.add(self)
         return self
@@ -1629,6 +1633,17 @@ class Store:
 
     # -- what is built on them --
 
+    def _use(self, method: Callable[..., T], *values: Any) -> T:
+        """Call one of the six; whatever it raises is a `StoreError`."""
+        try:
+            return method(*values)
+        except LedgerError:
+            raise
+        except Exception as error:
+            raise StoreError(
+                f"{type(self).__name__}.{method.__name__} failed ({error!r}); see that the store works"
+            ) from error
+
     def transact(self, op: Op) -> Verdict:
         """Apply one operation atomically; repeating it after an error is safe."""
         for _ in range(1000):
@@ -1638,7 +1653,7 @@ class Store:
             if not (change.updates or change.insert or change.forget):
                 return change.verdict
             version = self._version(op.call, position + 1, _applied(rows, change), newest)
-            if self.claim(version) or self._is_mine(version):
+            if self._use(self.claim, version) or self._is_mine(version):
                 self._newest_seen[op.call] = (position + 1, version)
                 return change.verdict
         raise StoreError(f"call {op.call}: a thousand other writers came first; is claim() atomic?")
@@ -1648,19 +1663,19 @@ class Store:
         return Now(wall, self.clock.mono(), lambda run: run.lease <= wall)
 
     def _is_mine(self, version: Record) -> bool:
-        found = self.get(version.id)
+        found = self._use(self.get, version.id)
         return found is not None and found.holder == version.holder
 
     def _newest(self, call: str) -> tuple[int, Record | None]:
         """Position and record of the newest version: gallop from the last one seen, then bisect."""
         low, found = self._newest_seen.get(call, (0, None))
         step = 1
-        while record := self.get(_version_id(call, low + step)):
+        while record := self._use(self.get, _version_id(call, low + step)):
             low, found, step = low + step, record, step * 2
         high = low + step
         while high - low > 1:
             middle = (low + high) // 2
-            record = self.get(_version_id(call, middle))
+            record = self._use(self.get, _version_id(call, middle))
             low, high, found = (middle, high, record) if record else (low, middle, found)
         if found is not None:
             if len(self._newest_seen) > 10_000:
@@ -1681,7 +1696,7 @@ class Store:
         )
 
     def _counter_records(self, call: str) -> list[Record]:
-        return [r for r in self.all() if r.call == call and r.id.count("~") == 2]
+        return [r for r in self._use(self.all) if r.call == call and r.id.count("~") == 2]
 
     def rows(self, call: str) -> list[Run]:
         """All runs of a call, oldest first."""
@@ -1706,11 +1721,15 @@ class Store:
                 error=error or counter.error,
                 touched=now,
             )
-            self.put(counter)
+            self._uncounted.add(name)
+        try:
+            self.flush()
+        except StoreError:  # the number is absolute: a later put makes up for it
+            self.keeper.counted()
 
     def reset(self, wf: str | None, asked: int) -> None:
         """Forget every call of a workflow (None: of all); raises `InProgress` while one runs."""
-        calls = sorted({r.call for r in self.all(wf)})
+        calls = sorted({r.call for r in self._use(self.all, wf)})
         for call in calls:
             rows = self.rows(call)
             if rows and rows[-1].status == "running" and not self.is_over(rows[-1]):
@@ -1723,7 +1742,7 @@ class Store:
         """Every call with its runs, oldest first."""
         counters: dict[str, list[Record]] = {}
         found: dict[str, Record] = {}
-        for record in self.all(wf):
+        for record in self._use(self.all, wf):
             if record.id.count("~") == 2:
                 counters.setdefault(record.call, []).append(record)
             else:
@@ -1796,12 +1815,23 @@ class Store:
             self._keeper = keeper = _Keeper(self)
         return keeper
 
-    def flush(self) -> None:
-        """Write what was only counted so far."""
+    def flush(self, patience: float = 5.0) -> None:
+        """Write what was only counted so far; `StoreError` if that cannot be."""
+        with self._counter_lock:
+            for name in list(self._uncounted):
+                self._use(self.put, self._counters[name])
+                self._uncounted.discard(name)
+
+    def flush_for_reading(self) -> None:
+        """`flush`, if the store takes it at once: a look waits for no writer."""
+        try:
+            self.flush(patience=0.2)
+        except LedgerError:
+            self.keeper.counted()
 
     def check(self) -> dict[str, Any]:
         """Prove that the store can be read; raises `StoreError`."""
-        self.get("check")
+        self._use(self.get, "check")
         return {"store": type(self).__name__, "ok": True}
 
     def make_room(self) -> None:
@@ -2024,8 +2054,8 @@ class _Keeper:
         if self.counting and time.monotonic() >= self._flush_at:
             self.counting = False
             try:
-                self.store.flush()
-            except LedgerError:
+                self.store.flush(patience=1.0)  # who looks meanwhile waits for this
+            except Exception:
                 self.counting = True
                 raise
 
@@ -2050,7 +2080,7 @@ class _Keeper:
         for index, (op, _, once) in enumerate(pending):
             try:
                 self.store.transact(op)
-            except LedgerError:
+            except Exception:
                 with self._lock:
                     self._pending = pending[index + int(once) :] + self._pending
                 raise
@@ -2067,7 +2097,7 @@ class _Keeper:
                 self._retry()
                 self.store.flush()
                 break
-            except LedgerError as error:
+            except Exception as error:
                 if self._pending and time.monotonic() < limit:
                     time.sleep(0.05)
                     continue
@@ -2478,8 +2508,11 @@ class SqliteStore(Store):
             return not isinstance(op, Renew)
         return self.sync == "claim" and isinstance(op, Claim)
 
-    def _submit(self, perform: Callable[[sqlite3.Connection], Any], *, durable: bool) -> Any:
+    def _submit(
+        self, perform: Callable[[sqlite3.Connection], Any], *, durable: bool, patience: float = 0.0
+    ) -> Any:
         item = _Item(perform, durable)
+        item.until = time.monotonic() + patience if patience else 0.0
         try:
             if self._enqueue(item):
                 while not item.done:
@@ -2594,8 +2627,8 @@ class SqliteStore(Store):
         for item in items:
             item.until = item.until or now + self.lock_seconds
         overdue = StoreError(
-            f"{self.path}: another process held the write lock for {self.lock_seconds:g} s; nothing was "
-            "written. See which process holds it, or allow more with Guard(lock_seconds=…)"
+            f"{self.path}: another process held the write lock for too long ({self.lock_seconds:g} s for a "
+            "claim); nothing was written. See which process holds it, or allow more with Guard(lock_seconds=…)"
         )
         self._fail([item for item in items if item.until < now], overdue)
 
@@ -2819,7 +2852,7 @@ class SqliteStore(Store):
 
     def events(self, after: int = 0) -> Iterator[dict[str, Any]]:
         """What happened after that sequence number, oldest first."""
-        self.flush()
+        self.flush_for_reading()
         names = ("seq", "call", "run", "kind", "at", "tool", "wf", "caller", "n", "detail")
         sql = f"SELECT {', '.join(names)} FROM events WHERE seq > ? ORDER BY seq LIMIT 500"
         while page := self._browse(sql, after):
@@ -2829,7 +2862,7 @@ class SqliteStore(Store):
 
     def totals(self) -> Totals:
         """Per tool: actions, attempts, executed, blocked, failed, in_doubt, suspended, running."""
-        self.flush()
+        self.flush_for_reading()
         return self._read({}, self._select_totals, door=self._browser)
 
     def _select_totals(self, db: sqlite3.Connection) -> Totals:
@@ -2868,19 +2901,18 @@ class SqliteStore(Store):
         if keeper is None or not keeper.counting:
             self.keeper.counted()
 
-    def flush(self) -> None:
-        """Write what was only counted so far."""
+    def flush(self, patience: float = 5.0) -> None:
+        """Write what was only counted so far; `StoreError` if the file is locked for longer than that."""
         if self._pid != os.getpid():
             return
         with self._counting:  # who finds nothing left waits until another thread has written it
             taken = self._in_flight
             while self._counts:
                 taken.append(self._counts.popleft())
-            if not taken and self._unrolled < 1000:
-                return
-            self._submit(lambda db: self._write_counts(db, taken), durable=False)
-            self._in_flight = []
-            self._unrolled = 0
+            if taken or self._unrolled >= 1000:
+                self._submit(lambda db: self._write_counts(db, taken), durable=False, patience=patience)
+                self._in_flight = []
+                self._unrolled = 0
 
     def _write_counts(self, db: sqlite3.Connection, taken: list[tuple[Any, ...]]) -> None:
         sums: dict[tuple[Any, ...], int] = {}
@@ -3350,7 +3382,8 @@ def _check_options(options: Any) -> None:
 
 
 def _is_seconds(value: Any) -> bool:
-    return not isinstance(value, bool | str) and _micros(value) > 0
+    seconds = value.total_seconds() if hasattr(value, "total_seconds") else value
+    return type(seconds) in (int, float) and seconds > 0
 
 
 def _are_names(value: Any) -> bool:
@@ -3399,8 +3432,6 @@ _CONTRADICTIONS: Final[tuple[tuple[Callable[[Any], Any], str], ...]] = (
 
 def _micros(value: Any) -> int:
     seconds = value.total_seconds() if hasattr(value, "total_seconds") else value
-    if not isinstance(seconds, int | float) or seconds != seconds:
-        raise PolicyError(f"{value!r} is not a number of seconds or a timedelta")
     return int(min(seconds, 1e11) * _MICROS)
 
 
@@ -3409,7 +3440,7 @@ def _names(value: Names) -> frozenset[str]:
 
 
 def _types(value: Any) -> tuple[type[BaseException], ...]:
-    types = (value,) if isinstance(value, type) else tuple(value)
+    types = tuple(value) if isinstance(value, list | tuple | set | frozenset) else (value,)
     for kind in types:
         if not (isinstance(kind, type) and issubclass(kind, BaseException)):
             raise PolicyError(f"{kind!r} is not an exception type")
@@ -3534,7 +3565,7 @@ class _Attempt:
             key=key,
         )
         if key is None and not self.policy.unlimited:
-            self.guard._watch_burst(self.claim, self.policy, text)
+            self.guard._watch_burst(self.tool, self.claim, text)
         return self
 
     def steps(self) -> Generator[_Step, Any, _Reply]:
@@ -3587,10 +3618,12 @@ class _Attempt:
         if own or left <= 0:
             self._count(row.run)
             record = self.store.describe([row])
-            why = "is what this call is part of" if own else "is still running"
+            why, advice = "is still running", "wait for it, or allow more with wait=…"
+            if own:
+                why, advice = "is what this call is part of", "a tool cannot wait for its own end"
             raise InProgress(
                 f"call {record.short} ({record.call}) {why} in {record.holder} since "
-                f"{_clock_text(record.started)}; wait for it, or allow more with wait=…",
+                f"{_clock_text(record.started)}; {advice}",
                 record,
             )
         self.waited = True
@@ -3705,7 +3738,7 @@ class _Attempt:
                     raise
                 self.store.make_room()
                 verdict = yield ("transact", ending)
-        except (StoreError, OSError) as error:
+        except Exception as error:  # whatever it is, the tool has run and its result is the caller's
             keeper.keep(ending, self)
             _warn(
                 f"{_short(claim.tool)} (call {claim.call}) ended as {ending.status.upper()}, but the "
@@ -3829,7 +3862,7 @@ def _perform(attempt: _Attempt, what: str, argument: Any) -> Any:
         return time.sleep(argument)
     if what == "user":
         function, record = argument
-        return function(record)
+        return _refuse_coroutine(attempt, function(record))
     before = _running.set((*_running.get(), attempt))
     attempt.entered = True
     try:
@@ -3845,8 +3878,8 @@ def _refuse_coroutine(attempt: _Attempt, value: Any) -> Any:
     if close is not None and hasattr(value, "cr_code"):
         close()
         raise NotPerformed(
-            f"{_short(attempt.claim.tool)} gave back a coroutine although it is not an async function, so "
-            "nothing ran; guard the async function itself"
+            f"{_short(attempt.claim.tool)}: a coroutine came back where no async function was expected, so "
+            "nothing ran; guard the async function itself, and give a sync tool a sync on_doubt"
         )
     return value
 
@@ -3906,7 +3939,6 @@ async def _perform_async(attempt: _Attempt, what: str, argument: Any) -> Any:
 _stores: weakref.WeakValueDictionary[tuple[str, ...], SqliteStore] = weakref.WeakValueDictionary()
 _burst_warned: set[str] = set()
 Callback = Callable[[Record], object]
-Recent = deque[tuple[float, str, str]]
 
 
 def _open_store(url: str, **settings: Any) -> Store:
@@ -3918,6 +3950,8 @@ def _open_store(url: str, **settings: Any) -> Store:
         )
     if found and scheme == "memory":
         return MemoryStore()
+    if url.rpartition("/")[2] == ":memory:":
+        raise UsageError("a ledger in memory is memory://, or Guard(store=MemoryStore())")
     path = os.path.abspath(rest.removeprefix("/") if found else url)
     key = (os.path.realpath(path), *(str(settings[name]) for name in sorted(settings)))
     with _first_time:
@@ -3945,6 +3979,12 @@ class Guard:
             raise UsageError(f"sync={sync!r} is not one of 'full', 'claim' and 'off'")
         if url is not None and store is not None:
             raise UsageError("a guard has one store: give either a URL or store=, not both")
+        if isinstance(url, Store) or not isinstance(store, Store | None):
+            raise UsageError(
+                "Guard takes a path or URL first, and store= takes an instance of a subclass of ledger.Store"
+            )
+        if not lock_seconds >= 0:
+            raise UsageError(f"lock_seconds={lock_seconds!r} is not a number of seconds from 0 on")
         self._url = None if url is None else os.fspath(url)
         self._given_store = store
         self._settings = {"sync": sync, "lock_seconds": lock_seconds, "instant_death": instant_death}
@@ -3967,7 +4007,7 @@ class Guard:
         self._who: contextvars.ContextVar[str | None] = contextvars.ContextVar("ledger_caller", default=None)
         self._main_scope: str | None = None
         self._main_who: str | None = None
-        self._bursts: dict[str, Recent] = {}
+        self._bursts: dict[tuple[str, str], deque[tuple[float, str]]] = {}
         self._receivers: dict[str, Any] = {}
         self._digests: dict[str, bytes] = {}
         self._short_names: dict[str, set[str]] = {}
@@ -4101,13 +4141,22 @@ class Guard:
         if key is None:
             values = tool.named(bound)
             if callable(policy.key):
-                key = policy.key(**{n: v for n, v in values.items() if n != tool.rest})
+                key = self._key_of(tool, {n: v for n, v in values.items() if n != tool.rest})
             else:
                 key = [values.get(name) for name in cast("tuple[str, ...]", policy.key)]
                 key = None if all(_is_empty(v) for v in key) else key
         if _is_empty(key):
             raise UsageError(f"{_short(tool.name)} did not run: its key is empty; a key must name one action")
         return _tagged("key", tool.part("key", key)), json.dumps(_Shown(policy.redact).of(key))
+
+    def _key_of(self, tool: _Tool, values: dict[str, Any]) -> Any:
+        try:
+            return cast("Callable[..., Any]", tool.policy.key)(**values)
+        except Exception as error:
+            raise UsageError(
+                f"{_short(tool.name)} did not run: its key function raised {error!r}; it is called with all "
+                "arguments by name"
+            ) from error
 
     def _match_form(self, call: str, tool: _Tool, policy: Policy, bound: dict[str, Any]) -> str:
         """Digests, not values: what must agree may be secret."""
@@ -4130,20 +4179,22 @@ class Guard:
             )
         return _tagged("instance", _quote(_type_name(type(receiver))))
 
-    def _watch_burst(self, claim: Claim, policy: Policy, args: str) -> None:
+    def _watch_burst(self, tool: _Tool, claim: Claim, args: str) -> None:
         """Warn of calls that look like retries with drifting arguments: three different ones in 10 s."""
         if claim.tool in _burst_warned:
             return
         now = time.monotonic()
-        recent = self._bursts.setdefault(claim.tool, deque(maxlen=3))
-        if any(call == claim.call for _, call, _ in recent):
+        recent = self._bursts.setdefault((claim.tool, claim.wf), deque(maxlen=3))
+        if any(args == text for _, text in recent):
             return
-        recent.append((now, claim.call, args))
+        recent.append((now, args))
         if len(recent) < 3 or now - recent[0][0] > 10 or self._is_quiet():
             return
+        if len(self._bursts) > 1000:
+            self._bursts.clear()
         _burst_warned.add(claim.tool)
-        forms = [json.loads(text) for _, _, text in recent]
-        names = [n for n in forms[-1] if n not in policy.ignore]
+        forms = [tool.named(json.loads(text)) for _, text in recent]
+        names = [n for n in forms[-1] if n not in tool.policy.ignore and n != tool.rest]
         changed = [n for n in names if len({json.dumps(f.get(n)) for f in forms}) > 1]
         which = f" (only {changed[0]} changes)" if len(changed) == 1 else f" ({', '.join(changed)} change)"
         which = which if 0 < len(changed) < max(len(names), 2) else ""
@@ -4178,7 +4229,10 @@ class Guard:
         """A callback's exception never reaches the tool's caller, and never vanishes."""
         for callback in callbacks:
             try:
-                callback(record)
+                returned = callback(record)
+                if hasattr(returned, "cr_code"):
+                    cast("Any", returned).close()
+                    raise UsageError("a callback is called, not awaited; give a plain function")
             except Exception as error:
                 _warn(f"the callback {_brief(callback)} raised for {record.short}", error=error)
 
@@ -4229,7 +4283,10 @@ class Guard:
 
     def _apply_policy(self, tool: _Tool) -> None:
         names = (_short(tool.own_name), tool.options.get("name") or "", tool.own_name)
-        own = _layered(tool.options, *(self._policies.get(n, {}) for n in dict.fromkeys(names)))
+        own: PolicyOptions = {**tool.options}
+        for name in dict.fromkeys(names):
+            own = cast("PolicyOptions", {**own, **self._policies.get(name, {})})
+        _check_options(own)
         if tool.rest is None:
             self._check_names(tool, own)
         tool.policy = Policy(**_layered(self._defaults_for(tool), own))
@@ -4278,6 +4335,8 @@ class Guard:
         """Set options for all tools; what a tool's own policy says wins."""
         merged = cast("PolicyOptions", {**self._defaults, **options})
         Policy(**merged)
+        if options.get("name"):
+            raise PolicyError("defaults: one name=… for all tools would make them one; name each")
         self._defaults = merged
         self._generation += 1
 
@@ -4348,23 +4407,27 @@ class Guard:
     def wrap_tools(self, tools: Any, **options: Unpack[PolicyOptions]) -> Any:
         """The same kind of collection with every tool guarded.
 
-        Wrapping twice guards once: what is guarded already stays as it is, with its own options.
+        Wrapping twice guards once; other options for what is guarded already are a `UsageError`.
         """
         Policy(**options)
+        if options.get("name") and len(tools) > 1:
+            raise PolicyError("wrap_tools: one name=… for several tools would make them one; name each")
         if isinstance(tools, dict):
             wrapped = tools.copy()  # a subclass knows how to copy itself
-            wrapped.update({n: self._wrap_one(t, options) for n, t in tools.items()})
+            wrapped.update({n: self._wrap_one(t, options, repr(n)) for n, t in tools.items()})
             return wrapped
         if isinstance(tools, list | tuple):
             make: Any = getattr(tools, "_make", type(tools))
-            return make([self._wrap_one(t, options) for t in tools])
+            return make([self._wrap_one(t, options, f"item {i}") for i, t in enumerate(tools)])
         raise UsageError(
             f"wrap_tools takes a dict or a list of functions, not {type(tools).__name__}; for one function "
             "use guard.once(fn)"
         )
 
-    def _wrap_one(self, fn: Any, options: PolicyOptions) -> Any:
-        return fn if hasattr(fn, "__ledger_tool__") else self._wrap(fn, options, "guard.wrap_tools")
+    def _wrap_one(self, fn: Any, options: PolicyOptions, which: str) -> Any:
+        made = getattr(fn, "__ledger_tool__", None)
+        again = made is not None and made[0].options == options
+        return fn if again else self._wrap(fn, options, f"guard.wrap_tools, {which}")
 
     # -- scopes --
 
@@ -4491,7 +4554,7 @@ class Guard:
     def history(self, *, tool: str | None = None, wf: str | None = None, stream: bool = False) -> Any:
         """One JSON-safe dict per call, oldest first, its runs inside; `stream=True` for an iterator."""
         store = self._ready()
-        store.flush()
+        store.flush_for_reading()
         found = (_history_entry(record, rows) for record, rows in store.calls(tool=tool, wf=wf))
         return found if stream else list(found)
 
@@ -4522,19 +4585,19 @@ class Guard:
 
     def on_success(self, callback: Callback) -> None:
         """Call it with the record after each run that succeeded."""
-        self._on_success.append(callback)
+        self._on_success.append(_called(callback))
 
     def on_block(self, callback: Callback) -> None:
         """Call it with the record after each attempt that ran nothing."""
-        self._on_block.append(callback)
+        self._on_block.append(_called(callback))
 
     def on_failure(self, callback: Callback) -> None:
         """Call it with the record after each run that failed."""
-        self._on_failure.append(callback)
+        self._on_failure.append(_called(callback))
 
     def on_doubt(self, callback: Callback) -> None:
         """Call it with the record when a run turns out to be in doubt."""
-        self._on_doubt.append(callback)
+        self._on_doubt.append(_called(callback))
 
     def persist(self, url: str | os.PathLike[str]) -> None:
         """Keep the records in another file from now on."""
@@ -4547,7 +4610,7 @@ class Guard:
 
     def _is_quiet(self) -> bool:
         if self._quiet is None:
-            self._quiet = os.environ.get("LEDGER_QUIET", "") not in ("", "0", "false", "no")
+            self._quiet = os.environ.get("LEDGER_QUIET", "").lower() not in ("", "0", "false", "no", "off")
         return self._quiet
 
     def _say(self, text: str) -> None:
@@ -4568,6 +4631,12 @@ class Guard:
         if isinstance(self._opened, SqliteStore):
             self._opened.quiet = self._is_quiet()
         return self._opened
+
+
+def _called(callback: Callback) -> Callback:
+    if not callable(callback):
+        raise UsageError(f"a callback is a function of the record, not {type(callback).__name__}")
+    return callback
 
 
 def _is_empty(key: Any) -> bool:

@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 
 import ledger
-from ledger import Guard, InDoubt, InProgress, LedgerError, MemoryStore, NotPerformed, Record, UsageError
+from ledger import (
+    Guard,
+    InDoubt,
+    InProgress,
+    LedgerError,
+    MemoryStore,
+    NotPerformed,
+    Record,
+    StoreError,
+    UsageError,
+)
+from tests.actors import eventually
 from tests.stores.kit import SixMethodStore
 
 RUNS: list[Any] = []
@@ -313,3 +324,63 @@ def test_call_tells_the_outcomes_apart(guard: Guard) -> None:
     ]  # fmt: skip
     assert {first.record.call} == {o.record.call for o in (blocked, replayed)}
     assert issubclass(InDoubt, LedgerError)
+
+
+class Flaky(SixMethodStore):
+    """A store whose server goes away now and then, with an error of its own kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gone = 0
+
+    def claim(self, record: Record) -> bool:
+        if self.gone:
+            self.gone -= 1
+            raise RuntimeError("the server went away")
+        return super().claim(record)
+
+
+def test_an_outcome_survives_a_foreign_store_that_fails() -> None:
+    """Whatever the store raises, the caller gets its result, and the outcome is written later."""
+    store = Flaky()
+    guard = Guard(store=store, quiet=True)
+    ran: list[int] = []
+
+    def pay(order: int) -> str:
+        ran.append(order)
+        store.gone = 3
+        return "receipt"
+
+    assert "receipt" == guard(pay, 1)
+    eventually(lambda: guard.stats()["executed"] == 1)
+    assert (None, [1]) == (guard(pay, 1), ran)
+
+
+def test_a_foreign_store_that_fails_at_the_claim_is_a_store_error() -> None:
+    """Before the tool, the store's own error becomes one that names the store, and nothing runs."""
+    store = Flaky()
+    guard = Guard(store=store, quiet=True)
+    store.gone = 1
+
+    with pytest.raises(StoreError, match=r"Flaky\.claim failed \(RuntimeError\('the server went away'\)\)"):
+        guard(charge, 1)
+    assert [] == RUNS
+
+
+def test_an_async_reconcile_of_a_sync_tool_settles_nothing() -> None:
+    """A coroutine is no answer: the call stays in doubt."""
+    guard = Guard(store=MemoryStore(), quiet=True)
+
+    async def find_out(record: Record) -> Any:
+        return ledger.STILL_UNKNOWN
+
+    def pay(order: int) -> None:
+        raise ConnectionError("reset by peer")
+
+    guard.policy(pay, irreversible=True, on_doubt=find_out)
+    with pytest.raises(ConnectionError):
+        guard(pay, 1)
+
+    with pytest.raises(InDoubt, match="a coroutine came back"):
+        guard(pay, 1)
+    assert (1, 0) == (guard.stats()["in_doubt"], guard.stats()["executed"])

@@ -3,7 +3,9 @@
 import io
 import json
 import logging
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -418,3 +420,29 @@ def test_an_error_without_words_is_recorded_by_its_type(guard: Guard) -> None:
         guard(fail)
 
     assert "Unprintable" == guard.history()[0]["error"]
+
+
+def test_no_footgun_warning_across_workflows(guard: Guard, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same call in three workflows is three actions, and no drift."""
+    guard.policy(send_email, name=f"flow{id(guard)}.send_email")
+    for order in range(3):
+        with guard.workflow(f"order-{order}"):
+            guard(send_email, "a")
+
+    assert [] == warnings_in(capsys)
+
+
+def test_a_look_waits_for_no_writer(tmp_path: Path) -> None:
+    """While another process holds the write lock, sums and histories are answered from what is written."""
+    guard = Guard(tmp_path / "ledger.db", quiet=True)
+    guard(send_email, "a")
+    with closing(sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        guard(send_email, "a")
+
+        assert (1, 1, 2) == (guard.stats()["executed"], len(guard.history()), len(list(guard.events())))
+        holder.execute("ROLLBACK")
+
+    guard.flush()
+    assert 1 == guard.stats()["blocked"]
+    guard.close()

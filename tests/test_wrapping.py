@@ -232,8 +232,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "static generator": (staticmethod(numbers), "is a generator"),
     "context manager": (session, "session is a context manager.*inside its with block"),
     "async context manager": (session_async, "session_async is a context manager"),
-    "text": ("charge", "str object str is not callable; pass the function"),
-    "None": (None, "NoneType object NoneType is not callable"),
+    "text": ("charge", r"'charge' \(str\) is not callable; pass the function"),
+    "None": (None, r"None \(NoneType\) is not callable"),
     "langchain tool": (LC, "charge.* pass the function itself|charge is a tool object of langchain_core"),
 }
 
@@ -331,8 +331,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "max bool": ({"max": True}, "max=True is not"),
     "ttl": ({"ttl": -1}, "ttl=-1 is not a positive number"),
     "ttl text": ({"ttl": "1"}, "ttl='1' is not a positive number"),
-    "timeout": ({"timeout": None}, "None is not a number of seconds"),
-    "timeout NaN": ({"timeout": float("nan")}, "nan is not a number of seconds"),
+    "timeout": ({"timeout": None}, "timeout=None is not a positive number of seconds"),
+    "timeout NaN": ({"timeout": float("nan")}, "timeout=nan is not a positive number of seconds"),
     "record": ({"record": "some"}, "record='some' is not all, no-result"),
     "on_doubt": ({"on_doubt": "retry"}, "on_doubt='retry' is not 'rerun', 'block' or a function"),
     "empty key": ({"key": []}, r"key=\[\] is not a list of parameters"),
@@ -384,3 +384,85 @@ def test_what_a_tool_says_wins_over_the_defaults() -> None:
     guard.policy(charge, unlimited=True)
 
     assert [guard(charge, "a") for _ in range(3)] == [["a"]] * 3
+
+
+def test_a_tools_own_options_must_agree() -> None:
+    """What a tool says of itself is not dropped because a later line contradicts it."""
+    guard = memory()
+
+    @guard.once(irreversible=True)
+    def pay(order: int) -> int:
+        return order
+
+    with pytest.raises(PolicyError, match="cannot rerun in doubt"):
+        guard.policy(pay, on_doubt="rerun")
+    assert 1 == pay(1)
+
+
+def test_one_name_for_several_tools_is_refused() -> None:
+    """A name would make several tools one, so that all but one would never run."""
+    guard = memory()
+
+    with pytest.raises(PolicyError, match="name each"):
+        guard.wrap_tools([charge, send], name="tool")
+    with pytest.raises(PolicyError, match="name each"):
+        guard.defaults(name="tool")
+    [one] = guard.wrap_tools([charge], name="tool")
+    assert ["a"] == one("a")
+
+
+def test_other_options_for_a_guarded_tool_are_refused() -> None:
+    """wrap_tools with the same options is nothing new; other options would be lost silently."""
+    guard = memory()
+    tools = guard.wrap_tools([charge], replay=True)
+
+    assert tools == guard.wrap_tools(tools, replay=True)
+    with pytest.raises(UsageError, match="item 0.*guarded already"):
+        guard.wrap_tools(tools, irreversible=True)
+
+
+def test_the_guards_own_key_has_a_hint() -> None:
+    """Who gives key= to a guarded tool that has no such parameter is told where it goes."""
+    tool = memory().once(charge)
+
+    with pytest.raises(TypeError, match=r"the guard's own key goes with guard\(fn"):
+        tool("a", key="order-1")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Guard(MemoryStore()), "store= takes an instance"),  # type: ignore[arg-type]
+        (lambda: Guard(store="x.db"), "store= takes an instance"),  # type: ignore[arg-type]
+        (lambda: Guard(lock_seconds=-1), "lock_seconds=-1 is not"),
+        (lambda: Guard(":memory:")(charge, "a"), "a ledger in memory is memory://"),
+        (lambda: memory().on_success(5), "a callback is a function"),  # type: ignore[arg-type]
+        (lambda: memory().call(charge, "a", key=""), "its key is empty"),
+    ],
+)
+def test_a_wrong_setting_is_an_error_that_says_so(make: Callable[[], object], message: str) -> None:
+    """Bad input gets a clear error before anything runs."""
+    with pytest.raises(UsageError, match=message):
+        make()
+
+
+def test_a_key_function_that_fails_names_the_tool() -> None:
+    """An error in a key function is the policy's, and nothing runs."""
+    guard = memory()
+    guard.policy(charge, key=lambda order: order)
+
+    with pytest.raises(UsageError, match="charge did not run: its key function raised"):
+        guard(charge, "a")
+
+
+def test_an_async_callback_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """A callback that would never be awaited does not vanish without a line."""
+    guard = memory()
+
+    async def tell(record: Record) -> None:
+        """Nobody awaits this."""
+
+    guard.on_success(tell)
+    guard(charge, "a")
+
+    assert "raised for charge" in caplog.text
