@@ -665,9 +665,9 @@ class _Shown:
         elif value is not None and not isinstance(value, bool):
             if hasattr(value, "get_secret_value"):
                 value = value.get_secret_value()
-            text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-            if len(text) > 2:
-                self.secrets.append(text)
+            is_bytes = isinstance(value, bytes | bytearray | memoryview)
+            text = bytes(value).decode("utf-8", "replace") if is_bytes else str(value)
+            self.secrets += [part for part in (text, *text.split()) if len(part) > (2 if part is text else 7)]
         return _MASK
 
     def scrub(self, shown: Any) -> Any:
@@ -763,6 +763,7 @@ _STORED: Final[dict[type, Callable[[Any], str]]] = {
     bytes: lambda v: _packed("bytes", _quote(v.hex())),
     bytearray: lambda v: _packed("bytearray", _quote(v.hex())),
     complex: lambda v: _packed("complex", _store_list((v.real, v.imag))),
+    deque: lambda v: _packed("deque", _store_list(v)),
 }
 _STORED_BY_NAME: Final[dict[str, Callable[[Any], str]]] = {
     "decimal.Decimal": lambda v: _packed("decimal.Decimal", _quote(str(v))),
@@ -791,7 +792,7 @@ def _store_other(value: Any) -> str:
     if fields is not None:
         how = "model" if hasattr(kind, "__pydantic_fields__") else "data"
         given = sorted(getattr(value, "__pydantic_fields_set__", ()))
-        return _packed(how, _store_fields(fields), t=_type_name(kind), s=given)
+        return _packed(how, _store_dict(fields), t=_type_name(kind), s=given)
     if isinstance(value, tuple) and hasattr(kind, "_fields"):
         return _packed("named", _store_list(value), t=_type_name(kind))
     for base, base_form in _STORED.items():
@@ -869,6 +870,7 @@ _UNPACK: Final[dict[str, Callable[[Any], Any]]] = {
     "float": float,
     "complex": lambda v: complex(*v),
     "dict": dict,
+    "deque": deque,
     "path": _unpack_std("pathlib", "Path"),
     "decimal.Decimal": _unpack_std("decimal", "Decimal"),
     "uuid.UUID": _unpack_std("uuid", "UUID"),
@@ -926,7 +928,8 @@ class _Tool:
         self.receiver = ""
         self.is_async = _is_async(function)
         self.options: PolicyOptions = {}
-        self.generation = -1
+        #: the guard whose policy this is, and how often its policies had changed
+        self.generation = (0, 0)
         self.policy: Policy
         self.known_types: tuple[type, ...] | None = None
         self._read_signature(receiver)
@@ -1045,6 +1048,9 @@ def _take_apart(fn: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any], str, boo
         return fn.__func__, (owner, *first), named, _function_name(fn.__func__, owner), True
     if hasattr(fn, "__code__"):
         return fn, first, named, _function_name(fn), _first_is_receiver(fn)
+    unbound = getattr(type(owner), getattr(fn, "__name__", ""), None)
+    if callable(unbound) and not isinstance(owner, type) and hasattr(unbound, "__objclass__"):  # [].append
+        return unbound, (owner, *first), named, f"{_type_name(type(owner))}.{fn.__name__}", True
     if isinstance(fn, type) or hasattr(fn, "__name__"):
         module = getattr(fn, "__module__", None) or getattr(owner, "__name__", "builtins")
         return fn, first, named, f"{_module_name(module)}.{getattr(fn, '__qualname__', fn)}", False
@@ -1609,27 +1615,27 @@ class Store:
 
     def get(self, id: str) -> Record | None:
         """The record of that id, or None."""
-        raise NotImplementedError(f"{type(self).__name__} needs get(id)")
+        raise NotImplementedError(f"{type(self).__name__} has no get(id)")
 
     def claim(self, record: Record) -> bool:
         """Insert the record if its id is absent, atomically; False when it is there already."""
-        raise NotImplementedError(f"{type(self).__name__} needs claim(record)")
+        raise NotImplementedError(f"{type(self).__name__} has no claim(record)")
 
     def put(self, record: Record) -> None:
         """Write the record, whatever is there."""
-        raise NotImplementedError(f"{type(self).__name__} needs put(record)")
+        raise NotImplementedError(f"{type(self).__name__} has no put(record)")
 
     def delete(self, id: str) -> None:
         """Remove the record of that id."""
-        raise NotImplementedError(f"{type(self).__name__} needs delete(id)")
+        raise NotImplementedError(f"{type(self).__name__} has no delete(id)")
 
     def all(self, wf: str | None = None) -> Iterable[Record]:
         """Every record, or those of one workflow."""
-        raise NotImplementedError(f"{type(self).__name__} needs all(wf=None)")
+        raise NotImplementedError(f"{type(self).__name__} has no all(wf=None)")
 
     def clear(self, wf: str | None = None) -> None:
         """Remove every record, or those of one workflow."""
-        raise NotImplementedError(f"{type(self).__name__} needs clear(wf=None)")
+        raise NotImplementedError(f"{type(self).__name__} has no clear(wf=None)")
 
     # -- what is built on them --
 
@@ -1915,7 +1921,7 @@ def _applied(rows: list[Run], change: Change) -> list[Run]:
 def _worth_keeping(rows: list[Run]) -> list[Run]:
     """What the next decision may need, whole; of older runs that decide nothing, a hundred, bare."""
     kept = [r for r in rows[:-1] if "success" in (r.status, r.late) or r.status == "doubt"]
-    bare = {r.run: r._replace(args=None, trace=None) for r in [*rows[-100:-1], *kept[-1000:]]}
+    bare = {r.run: r._replace(args=None, trace=None) for r in [*rows[-100:-1], *kept]}
     return [*(bare[n] for n in sorted(bare)), *rows[-1:]]
 
 
@@ -1988,7 +1994,8 @@ class _Keeper:
         #: the runs whose leases are renewed, by token, with the time when that is due
         self._live: dict[str, tuple[weakref.ref[_Attempt], float]] = {}
         #: outcomes to write: the attempt keeps its lease alive, `once` means do not insist
-        self._pending: list[tuple[Op, _Attempt | None, bool]] = []
+        self._pending: deque[tuple[Op, _Attempt | None, bool]] = deque()
+        self._retrying = threading.Lock()
         self._wakes_at = 0.0
         self._flush_at = 0.0
         self._thread: threading.Thread | None = None
@@ -2007,8 +2014,7 @@ class _Keeper:
 
     def keep(self, op: Op, attempt: _Attempt | None = None, *, once: bool = False) -> None:
         """Write this outcome as soon as the store takes it (or try `once`); hold the lease meanwhile."""
-        with self._lock:
-            self._pending.append((op, attempt, once))
+        self._pending.append((op, attempt, once))
         self._wake()
 
     def counted(self) -> None:
@@ -2033,6 +2039,7 @@ class _Keeper:
 
     def _work(self) -> None:
         while self._thread is threading.current_thread() and self.pid == os.getpid():
+            self._wakes_at = float("inf")  # who comes while the pause is reckoned rings
             pause = self._pause()
             self._wakes_at = time.monotonic() + pause
             self._bell.acquire(timeout=pause)
@@ -2065,7 +2072,7 @@ class _Keeper:
             attempt = ref()
             if attempt is None:  # its frame is gone without a settle: let the lease lapse
                 self.forget(token)
-            elif due <= now:
+            elif due <= now and token in self._live:
                 self._live[token] = (ref, now + attempt.claim.lease / _MICROS / 3)
                 if (
                     self.store.transact(Renew(attempt.claim, attempt.run)).kind == "lost"
@@ -2075,17 +2082,23 @@ class _Keeper:
                     attempt.lost()
 
     def _retry(self) -> None:
-        with self._lock:
-            pending, self._pending = self._pending, []
-        for index, (op, _, once) in enumerate(pending):
-            try:
-                self.store.transact(op)
-            except Exception:
-                with self._lock:
-                    self._pending = pending[index + int(once) :] + self._pending
-                raise
-            if isinstance(op, Settle):
-                self.forget(op.claim.token)
+        """Write what waits; an outcome stays in the list until it is written, for an exit to see."""
+        failed: Exception | None = None
+        with self._retrying:
+            for _ in range(len(self._pending)):
+                op, attempt, once = self._pending[0]
+                try:
+                    self.store.transact(op)
+                except Exception as error:
+                    failed = error
+                    if not once:
+                        self._pending.append((op, attempt, once))
+                else:
+                    if isinstance(op, Settle):
+                        self.forget(op.claim.token)
+                self._pending.popleft()
+        if failed is not None:
+            raise failed
 
     def finish(self) -> None:
         """Write what waits, outcomes within a time limit, counts if they can be; watch what still runs."""
@@ -2256,7 +2269,7 @@ _MEANING: Final = {
 class _Item:
     """One operation that waits for a transaction, and how its caller is told."""
 
-    __slots__ = ("again", "answer", "bell", "done", "durable", "error", "perform", "ring", "until")
+    __slots__ = ("answer", "bell", "done", "durable", "error", "perform", "ring", "until")
 
     def __init__(self, perform: Callable[[sqlite3.Connection], Any], durable: bool) -> None:
         self.perform = perform
@@ -2267,7 +2280,7 @@ class _Item:
         self.until = 0.0
         self.answer: Any = None
         self.error: Exception | None = None
-        self.again = self.done = False
+        self.done = False
 
 
 class _Door:
@@ -2278,11 +2291,6 @@ class _Door:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.db: sqlite3.Connection | None = None
-
-    def close(self) -> None:
-        if self.db is not None:
-            self.db.close()
-            self.db = None
 
 
 class SqliteStore(Store):
@@ -2312,7 +2320,8 @@ class SqliteStore(Store):
         """What a process starts with, and a forked child starts anew: nothing is inherited."""
         self._pid = os.getpid()
         self._writer, self._reader, self._browser = self._doors = _Door(), _Door(), _Door()
-        self._mutex = threading.Lock()  # held for moments: the queue and who leads it
+        self._mutex = threading.RLock()  # held for moments: the queue and who leads it
+        self._leader = 0  # the thread that is inside a transaction
         self._queue: deque[_Item] = deque()
         self._led = False
         self._crowd = 1  # how many shared the last transaction
@@ -2320,12 +2329,12 @@ class SqliteStore(Store):
         self._bell = threading.Lock()
         self._forking = False
         self._held: list[_Door] = []
-        self._broken = False  # forked while a transaction was open
+        self._broken = self._breaks = False  # forked while a transaction was open, and by the last fork
         self._synchronous = ""
         self._local_disk = False
         self._counts: deque[tuple[Any, ...]] = deque()
         self._in_flight: list[tuple[Any, ...]] = []  # counts that are being written
-        self._counting = threading.Lock()
+        self._counting = threading.RLock()
         self._unrolled = 0  # about how many events the totals do not know yet
         self._owners: dict[str, _Process] = {}
         self._keeper = None
@@ -2397,21 +2406,12 @@ class SqliteStore(Store):
         self._local_disk = bool(kind) and kind not in _NETWORK_FS and not kind.startswith("fuse")
 
     def _prepare(self, db: sqlite3.Connection) -> None:
-        """Schema, journal mode and this process's row, safely when many processes start at once."""
-        limit = time.monotonic() + self.lock_seconds
-        while True:
-            try:
-                if not self._is_ready(db):
-                    self._create_schema(db)
-                if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] not in ("wal", "memory"):
-                    raise StoreError(f"{self.path}: SQLite cannot use a write-ahead log here; nothing ran")
-                db.execute("INSERT OR IGNORE INTO processes VALUES (?, ?, ?, ?, ?, ?)", _me())
-                return
-            except sqlite3.Error as error:
-                _roll_back(db)
-                if not _is_busy(error) or time.monotonic() > limit:
-                    raise self._translated(error) from error
-                time.sleep(0.002)
+        """Schema, journal mode and this process's row; who finds it busy comes again."""
+        if not self._is_ready(db):
+            self._create_schema(db)
+        if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] not in ("wal", "memory"):
+            raise StoreError(f"{self.path}: SQLite cannot use a write-ahead log here; nothing ran")
+        db.execute("INSERT OR IGNORE INTO processes VALUES (?, ?, ?, ?, ?, ?)", _me())
 
     def _is_ready(self, db: sqlite3.Connection) -> bool:
         """Whether it is a ledger of ours (False: an empty database); raises for anything else."""
@@ -2452,7 +2452,7 @@ class SqliteStore(Store):
             found = os.stat(self.path)
             what = "" if (found.st_dev, found.st_ino) == self._identity else "was replaced by another file"
             what = what or ("" if found.st_size else "was emptied")
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
             what = "was deleted"
         if what:
             raise StoreError(
@@ -2511,6 +2511,11 @@ class SqliteStore(Store):
     def _submit(
         self, perform: Callable[[sqlite3.Connection], Any], *, durable: bool, patience: float = 0.0
     ) -> Any:
+        if self._leader == threading.get_ident():
+            raise StoreError(
+                f"{self.path}: a signal handler called the guard in the midst of a transaction of its own "
+                "thread; nothing ran. Let the handler set a flag, and call the guard outside it"
+            )
         item = _Item(perform, durable)
         item.until = time.monotonic() + patience if patience else 0.0
         try:
@@ -2558,20 +2563,27 @@ class SqliteStore(Store):
                 self._bell = threading.Lock()
                 work = functools.partial(self._write_for_others, self._bell)
                 thread = threading.Thread(target=work, name="ledger-writer", daemon=True)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:  # no thread to be had: the next caller leads
+                    self._led = False
+                    return
                 self._thread = thread
         _ring(self._bell)
 
     def _write_for_others(self, bell: threading.Lock) -> None:
         """The writer thread: it leads for event loops, and where many threads write at once."""
-        while self._bell is bell and self._pid == os.getpid():
-            if bell.acquire(timeout=60):
-                while self._queue:
-                    self._commit_waiting()
-                with self._mutex:
-                    self._led = bool(self._queue)
-                if self._led:
-                    _ring(bell)
+        rung = True
+        while rung and self._bell is bell and self._pid == os.getpid():
+            rung = bell.acquire(timeout=60)
+            while self._queue:
+                self._commit_waiting()
+            self._hand_over()
+        with self._mutex:
+            if self._bell is bell:
+                self._thread = None
+        if self._queue:  # it came while this thread was ending
+            self._wake_writer()
 
     def _commit_waiting(self) -> None:
         """One transaction with all that waits; other processes' locks are waited for without ours.
@@ -2587,14 +2599,18 @@ class SqliteStore(Store):
             with self._writer.lock:
                 with self._mutex:
                     batch = [item for item in self._queue if not item.done]
+                self._leader = threading.get_ident()
                 try:
                     db = self._connection()
-                    if self._begin_writing(db, batch):
-                        self._run(db, batch)
-                        return
-                except (LedgerError, OSError, sqlite3.Error) as error:
-                    self._fail(batch, self._translated(error))
+                    self._begin_writing(db, batch)
+                    self._run(db, batch)
                     return
+                except (LedgerError, sqlite3.Error) as error:
+                    if not _is_busy(error):
+                        self._fail(batch, self._translated(error))
+                        return
+                finally:
+                    self._leader = 0
             self._fail_overdue(batch)
             time.sleep(pause)
             pause = min(pause * 1.5, 0.02)
@@ -2606,26 +2622,22 @@ class SqliteStore(Store):
             time.sleep(0.00005)
             patience -= 1
 
-    def _begin_writing(self, db: sqlite3.Connection, batch: list[_Item]) -> bool:
-        """Open a write transaction as durable as the batch asks for; False when another holds it."""
+    def _begin_writing(self, db: sqlite3.Connection, batch: list[_Item]) -> None:
+        """Open a write transaction as durable as the batch asks for."""
         _roll_back(db)  # what an interrupted leader left open
         wanted = "FULL" if any(item.durable for item in batch) else "NORMAL"
         if wanted != self._synchronous:
             db.execute(f"PRAGMA synchronous = {wanted}")
             self._synchronous = wanted
-        try:
-            db.execute("BEGIN IMMEDIATE")
-        except sqlite3.Error as error:
-            if _is_busy(error):
-                return False
-            raise
-        return True
+        db.execute("BEGIN IMMEDIATE")
 
     def _fail_overdue(self, items: list[_Item]) -> None:
         """Answer those that waited too long for another process's lock."""
         now = time.monotonic()
         for item in items:
             item.until = item.until or now + self.lock_seconds
+        if all(item.until >= now for item in items):
+            return
         overdue = StoreError(
             f"{self.path}: another process held the write lock for too long ({self.lock_seconds:g} s for a "
             "claim); nothing was written. See which process holds it, or allow more with Guard(lock_seconds=…)"
@@ -2646,17 +2658,15 @@ class SqliteStore(Store):
         for item in batch:
             try:
                 item.answer = item.perform(db)
-            except Exception as error:
-                _roll_back(db)
+            except (sqlite3.Error, LedgerError, ValueError, OverflowError) as error:
+                _roll_back(db)  # not for what a signal handler raises here: that is the leader's own
                 self._fail([item], self._translated(error))
                 return
         try:
             db.execute("COMMIT")
         except sqlite3.Error as error:
             _roll_back(db)
-            self._fail([item for item in batch if item.again], self._translated(error))
-            for item in batch:
-                item.again = True
+            self._fail(batch, self._translated(error))
             return
         self._crowd = len(batch)
         self._unrolled += len(batch)
@@ -2751,8 +2761,7 @@ class SqliteStore(Store):
 
     def _read(self, absent: T, query: Callable[..., T], *values: Any, door: _Door | None = None) -> T:
         """Run a short query; `absent` is the answer of a ledger that does not exist yet."""
-        if self._pid != os.getpid() or self._broken:
-            self._refuse_forked()
+        self._refuse_forked()
         if door is None:  # while nobody writes, its pages are at hand; another connection reads them anew
             door = self._reader if self._led else self._writer
         limit = 0.0
@@ -2873,8 +2882,9 @@ class SqliteStore(Store):
             for name, n in counts.items():
                 sums[name] += n
 
-        db.execute("BEGIN")  # one view for all of it
+        _roll_back(db)  # what an interrupted look left open
         try:
+            db.execute("BEGIN")  # one view for all of it
             rolled = db.execute("SELECT value FROM meta WHERE name = 'rolled'").fetchone()[0]
             rows = db.execute("SELECT * FROM totals").fetchall() + db.execute(_ROLL, (rolled,)).fetchall()
             for tool, actions, claims, executed, blocked in rows:
@@ -2889,7 +2899,7 @@ class SqliteStore(Store):
             for tool, n, asked, ran in db.execute(_TALLY_SUMS):
                 add(tool, actions=n, attempts=asked, executed=ran)
         finally:
-            db.execute("COMMIT")
+            _roll_back(db)
         return {tool: sums for tool, sums in found.items() if sums["actions"]}
 
     # -- counting: buffered, no fsync --
@@ -2984,35 +2994,6 @@ class SqliteStore(Store):
         """`look`, by its name in the six methods."""
         return self.look(id)
 
-    def claim(self, record: Record) -> bool:
-        """Insert a call as it is described, if it is absent."""
-
-        def insert(db: sqlite3.Connection) -> bool:
-            absent = not _select_quick(db, record.call)
-            if absent:
-                _insert_row(db, _row_of(record))
-            return absent
-
-        return bool(self._submit(insert, durable=True))
-
-    def put(self, record: Record) -> None:
-        """Write a call as it is described, replacing what is there."""
-
-        def replace(db: sqlite3.Connection) -> None:
-            db.execute("DELETE FROM runs WHERE call = ?", (record.call,))
-            _insert_row(db, _row_of(record))
-
-        self._submit(replace, durable=True)
-
-    def delete(self, id: str) -> None:
-        """Remove a call."""
-
-        def remove(db: sqlite3.Connection) -> None:
-            self._forget(db, "call = :call", {"call": id})
-            db.execute("DELETE FROM tallies WHERE call = ?", (id,))
-
-        self._submit(remove, durable=True)
-
     def all(self, wf: str | None = None) -> Iterator[Record]:
         """The record of every call, or of those of one workflow, oldest first."""
         return (record for record, _ in self.calls(wf=wf))
@@ -3036,10 +3017,12 @@ class SqliteStore(Store):
     def close(self) -> None:
         """Finish what is pending and close the file; it opens again when it is used again."""
         super().close()
-        for door in self._doors:
-            with door.lock:
-                door.close()
-        self._synchronous, self._identity = "", None
+        with self._mutex:  # the writer thread ends when it finds another bell
+            old, self._bell, self._thread = self._bell, threading.Lock(), None
+        _ring(old)
+        with self._writer.lock:
+            self._close_connections()
+            self._identity = None
 
     # -- async callers: a thread leads for them, the loop never waits --
 
@@ -3056,9 +3039,11 @@ class SqliteStore(Store):
 
         item = _Item(functools.partial(self._perform, op), self._is_durable(op))
         item.ring = functools.partial(_call_loop, loop, tell)
-        if self._enqueue(item):
-            self._wake_writer()
         try:
+            if self._enqueue(item):
+                self._wake_writer()
+                if self._thread is None:
+                    raise StoreError(f"{self.path}: no thread could be started to write; nothing ran")
             await told
         except BaseException:
             self._withdraw(item)
@@ -3082,17 +3067,23 @@ class SqliteStore(Store):
         self._forking = True
         self._held = [door for door in self._doors if door.lock.acquire(timeout=5)]
         db = self._writer.db
-        self._broken = len(self._held) < len(self._doors) or (db is not None and db.in_transaction)
+        busy = len(self._held) < len(self._doors) or (db is not None and db.in_transaction)
+        self._breaks = busy and not self._broken
+        self._broken = busy or self._broken
         if not self._broken:
-            self._close_for_fork()
+            self._close_connections()
 
-    def _close_for_fork(self) -> None:
+    def _close_connections(self) -> None:
         for door in self._doors:
-            door.close()
+            with door.lock:
+                if door.db is not None:
+                    door.db.close()
+                    door.db = None
         self._synchronous = ""
 
     def _after_fork_in_parent(self) -> None:
-        self._broken = self._forking = False
+        self._forking = False
+        self._broken = self._broken and not self._breaks
         for door in self._held:
             door.lock.release()
         self._held = []
@@ -3132,7 +3123,7 @@ class MemoryStore(SqliteStore):
         """Finish what is pending; what is recorded stays."""
         Store.close(self)
 
-    def _close_for_fork(self) -> None:
+    def _close_connections(self) -> None:
         """The child goes on with a copy."""
 
     def _after_fork_in_child(self) -> None:
@@ -3186,17 +3177,6 @@ def _insert_row(db: sqlite3.Connection, row: Run) -> None:
     db.execute(f"INSERT INTO runs ({_COLUMNS}) VALUES ({', '.join('?' * len(row))})", row)
 
 
-def _row_of(record: Record) -> Run:
-    """A record as a single run, for stores that are filled from outside."""
-    closed_by = None if record.status is Status.RUNNING else record.owner
-    return Run(
-        record.call, record.run, record.tool, record.wf, record.caller, record.owner, record.key,
-        record.args_json, None, record.started, record.lease, 0, record.status.value, record.result_json,
-        record.error, None, record.ended, closed_by, int(record.released), 0, record.late,
-        record.ended if record.late else None, record.blocked,
-    )  # fmt: skip
-
-
 def _record_of_tally(row: Sequence[Any]) -> Record:
     call, tool, wf, caller, args, ran, raised, error, created, touched = row
     return Record(
@@ -3232,11 +3212,13 @@ def _statements(script: str) -> Iterator[str]:
 
 def _file_system(folder: str) -> str:
     """The type of the file system that a folder is on, from the mount table; "" where unknown."""
+    import re
+
     best, kind = -1, ""
     real = os.path.realpath(folder)
     for line in _read_file("/proc/self/mountinfo").splitlines():
         left, _, right = line.partition(" - ")
-        point = left.split()[4].encode().decode("unicode_escape")
+        point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), left.split()[4])
         inside = real == point or real.startswith(point.rstrip("/") + "/")
         if inside and len(point) >= best:
             best, kind = len(point), right.split()[0]
@@ -3250,21 +3232,30 @@ def _call_loop(loop: Any, function: Callable[[], object]) -> None:
         pass
 
 
+_in_fork: list[Store] = []
+
+
 def _before_fork() -> None:
     _first_time.acquire(timeout=5)
-    for store in list(_forked):
+    while True:
+        try:
+            _in_fork[:] = _forked
+            break
+        except RuntimeError:  # another thread makes a store at this moment
+            pass
+    for store in _in_fork:
         store._before_fork()
 
 
 def _after_fork_in_parent() -> None:
     _ring(_first_time)
-    for store in list(_forked):
+    for store in _in_fork:
         store._after_fork_in_parent()
 
 
 def _after_fork_in_child() -> None:
     _ring(_first_time)
-    for store in list(_forked):
+    for store in _in_fork:
         store._after_fork_in_child()
 
 
@@ -3611,6 +3602,8 @@ class _Attempt:
             return (yield from self._reconcile(row))
         if verdict.kind == "doubt":
             raise self._in_doubt(self.store.describe([row])._replace(in_doubt=True))
+        if self.claim.forced:
+            self.guard._refuse_live(self, verdict, "run")
         if not self.policy.replay:
             return self._answer_blocked(row.run, "is running")
         own = any(a.claim.token == row.owner for a in _running.get())
@@ -3738,7 +3731,7 @@ class _Attempt:
                     raise
                 self.store.make_room()
                 verdict = yield ("transact", ending)
-        except Exception as error:  # whatever it is, the tool has run and its result is the caller's
+        except LedgerError as error:
             keeper.keep(ending, self)
             _warn(
                 f"{_short(claim.tool)} (call {claim.call}) ended as {ending.status.upper()}, but the "
@@ -3942,7 +3935,7 @@ Callback = Callable[[Record], object]
 
 
 def _open_store(url: str, **settings: Any) -> Store:
-    """The store of a path or URL; one per file, settings and process, whoever asks."""
+    """The store of a path or URL; one per file, settings and process. With `_first_time` held."""
     scheme, found, rest = url.partition("://")
     if found and scheme not in ("sqlite", "memory"):
         raise UsageError(
@@ -3954,9 +3947,8 @@ def _open_store(url: str, **settings: Any) -> Store:
         raise UsageError("a ledger in memory is memory://, or Guard(store=MemoryStore())")
     path = os.path.abspath(rest.removeprefix("/") if found else url)
     key = (os.path.realpath(path), *(str(settings[name]) for name in sorted(settings)))
-    with _first_time:
-        store = _stores.get(key) or SqliteStore(path, **settings)
-        _stores[key] = store
+    store = _stores.get(key) or SqliteStore(path, **settings)
+    _stores[key] = store
     return store
 
 
@@ -3997,7 +3989,7 @@ class Guard:
     def _begin(self) -> None:
         """What is not carried to another process."""
         self._opened: Store | None = self._given_store
-        self._generation = 0
+        self._generation = (id(self), 0)
         self._tools: weakref.WeakKeyDictionary[Any, _Tool] = weakref.WeakKeyDictionary()
         self._on_success: list[Callback] = []
         self._on_block: list[Callback] = []
@@ -4181,14 +4173,15 @@ class Guard:
 
     def _watch_burst(self, tool: _Tool, claim: Claim, args: str) -> None:
         """Warn of calls that look like retries with drifting arguments: three different ones in 10 s."""
-        if claim.tool in _burst_warned:
+        if claim.tool in _burst_warned or self._is_quiet():
             return
         now = time.monotonic()
         recent = self._bursts.setdefault((claim.tool, claim.wf), deque(maxlen=3))
-        if any(args == text for _, text in recent):
+        if any(args == text for _, text in recent.copy()):
             return
         recent.append((now, args))
-        if len(recent) < 3 or now - recent[0][0] > 10 or self._is_quiet():
+        recent = recent.copy()
+        if len(recent) < 3 or now - recent[0][0] > 10:
             return
         if len(self._bursts) > 1000:
             self._bursts.clear()
@@ -4323,7 +4316,7 @@ class Guard:
         merged = cast("PolicyOptions", {**before, **options})
         Policy(**merged)
         self._policies[name] = merged
-        self._generation += 1
+        self._generation = (id(self), self._generation[1] + 1)
         try:
             if tool is not None:
                 self._apply_policy(tool)
@@ -4338,7 +4331,7 @@ class Guard:
         if options.get("name"):
             raise PolicyError("defaults: one name=… for all tools would make them one; name each")
         self._defaults = merged
-        self._generation += 1
+        self._generation = (id(self), self._generation[1] + 1)
 
     # -- wrapping --
 
@@ -4492,16 +4485,9 @@ class Guard:
     def force(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Run now, whatever the history says, and record it; raises `InProgress` beside a live run."""
         attempt = self._attempt(fn, args, kwargs, forced=True)
-        if attempt.tool.is_async:
-            return cast("T", self._force_async(attempt))
-        rows = attempt.store.rows(attempt.claim.call)
-        self._refuse_live(attempt, attempt.claim.judge(rows, attempt.store.now_for(rows)), "run")
-        return cast("T", self._answer(attempt).given())
-
-    async def _force_async(self, attempt: _Attempt) -> Any:
-        rows = await attempt.store.rows_async(attempt.claim.call)
-        self._refuse_live(attempt, attempt.claim.judge(rows, attempt.store.now_for(rows)), "run")
-        return (await self._answer_async(attempt)).given()
+        return cast(
+            "T", self._value_async(attempt) if attempt.tool.is_async else self._answer(attempt).given()
+        )
 
     def _existing(self, fn: Any, args: Any, kwargs: Any) -> tuple[_Attempt, list[Run]]:
         attempt = self._attempt(fn, args, kwargs)
@@ -4626,11 +4612,13 @@ class Guard:
         return self._opened or self._open()
 
     def _open(self) -> Store:
-        self._url = self._resolved_url()
-        self._opened = _open_store(self._url, **self._settings)
-        if isinstance(self._opened, SqliteStore):
-            self._opened.quiet = self._is_quiet()
-        return self._opened
+        with _first_time:
+            if self._opened is None:
+                self._url = self._resolved_url()
+                self._opened = _open_store(self._url, **self._settings)
+                if isinstance(self._opened, SqliteStore):
+                    self._opened.quiet = self._is_quiet()
+            return self._opened
 
 
 def _called(callback: Callback) -> Callback:

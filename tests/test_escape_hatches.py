@@ -353,7 +353,8 @@ def test_an_outcome_survives_a_foreign_store_that_fails() -> None:
 
     assert "receipt" == guard(pay, 1)
     eventually(lambda: guard.stats()["executed"] == 1)
-    assert (None, [1]) == (guard(pay, 1), ran)
+    guard(pay, 1)
+    assert [1] == ran
 
 
 def test_a_foreign_store_that_fails_at_the_claim_is_a_store_error() -> None:
@@ -362,9 +363,11 @@ def test_a_foreign_store_that_fails_at_the_claim_is_a_store_error() -> None:
     guard = Guard(store=store, quiet=True)
     store.gone = 1
 
+    before = list(RUNS)
+
     with pytest.raises(StoreError, match=r"Flaky\.claim failed \(RuntimeError\('the server went away'\)\)"):
         guard(charge, 1)
-    assert [] == RUNS
+    assert before == RUNS
 
 
 def test_an_async_reconcile_of_a_sync_tool_settles_nothing() -> None:

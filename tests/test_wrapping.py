@@ -417,7 +417,7 @@ def test_other_options_for_a_guarded_tool_are_refused() -> None:
     tools = guard.wrap_tools([charge], replay=True)
 
     assert tools == guard.wrap_tools(tools, replay=True)
-    with pytest.raises(UsageError, match="item 0.*guarded already"):
+    with pytest.raises(UsageError, match=r"item 0.*guarded already"):
         guard.wrap_tools(tools, irreversible=True)
 
 
@@ -439,6 +439,7 @@ def test_the_guards_own_key_has_a_hint() -> None:
         (lambda: memory().on_success(5), "a callback is a function"),  # type: ignore[arg-type]
         (lambda: memory().call(charge, "a", key=""), "its key is empty"),
     ],
+    ids=["positional store", "store by name", "lock_seconds", ":memory:", "callback", "empty key"],
 )
 def test_a_wrong_setting_is_an_error_that_says_so(make: Callable[[], object], message: str) -> None:
     """Bad input gets a clear error before anything runs."""

@@ -407,8 +407,9 @@ def test_totals_are_what_a_recount_gives(store: Store, clock: FakeClock) -> None
     assert recount == store.totals()
 
 
-def test_the_six_methods_do_what_they_say(store: Store) -> None:
+def test_the_six_methods_of_a_users_store_do_what_they_say() -> None:
     """Claim inserts once, get finds, put overwrites, all lists, delete and clear remove."""
+    store = SixMethodStore()
     record = ledger._record([claim().first_row(store.clock.wall(), 0)], 0)
     other = record._replace(id="d", call="d", wf="other")
 
@@ -423,6 +424,23 @@ def test_the_six_methods_do_what_they_say(store: Store) -> None:
     assert store.get("c") is None
     store.clear("other")
     assert [] == list(store.all())
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "memory"])
+def test_the_built_in_stores_show_and_forget_calls(kind: str, tmp_path: Path, clock: FakeClock) -> None:
+    """They have get, all and clear; what the other three would write goes through transactions."""
+    store = open_store(kind, tmp_path, clock)
+    store.transact(settle(run_of(store)))
+    found = store.get("c")
+
+    assert found is not None
+    assert ("success", [found]) == (found.status, list(store.all("w")))
+    assert [] == list(store.all("other"))
+    store.clear("w")
+    assert store.get("c") is None
+    with pytest.raises(NotImplementedError, match="has no put"):
+        store.put(found)
+    store.close()
 
 
 def grown_elsewhere(versions: int) -> tuple[SixMethodStore, SixMethodStore]:
@@ -462,7 +480,7 @@ def test_a_store_without_a_method_says_which(method: str) -> None:
     """Each of the six is asked for by name."""
     argument: Any = ledger._record([claim().first_row(0, 0)], 0)
 
-    with pytest.raises(NotImplementedError, match=rf"Store needs {method}\("):
+    with pytest.raises(NotImplementedError, match=rf"Store has no {method}\("):
         getattr(Store(), method)(argument)
 
 
