@@ -44,6 +44,7 @@ from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, 
 from collections.abc import Set as AbstractSet
 from enum import Enum, StrEnum
 from json.encoder import encode_basestring_ascii as _quote
+from types import CellType
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -687,7 +688,8 @@ class _Shown:
         text = text.encode("utf-8", "backslashreplace").decode()  # half a character cannot be stored
         for secret in sorted(set(self.secrets), key=len, reverse=True):
             if len(secret) >= shortest:
-                for form in (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1]):
+                as_bytes = repr(secret.encode("utf-8", "replace"))[2:-1]
+                for form in (secret, json.dumps(secret)[1:-1], repr(secret)[1:-1], as_bytes):
                     text = text.replace(form, _MASK)
         return text
 
@@ -1103,6 +1105,9 @@ def _constant(value: Any) -> str:
         return type(value).__name__
 
 
+_EMPTY_CELL: Final = CellType()
+
+
 def _plain_cell(cell: Any) -> str:
     try:
         value = cell.cell_contents
@@ -1112,6 +1117,13 @@ def _plain_cell(cell: Any) -> str:
         return f"{_module_name(value.__module__)}.{value.__qualname__}"  # what a decorator wraps
     plain = (str, int, float, bool, bytes, tuple, frozenset, type(None))
     return _constant(value) if isinstance(value, plain) else ""
+
+
+def _closed_objects(function: Any) -> tuple[Any, ...]:
+    """What a nested function closes over and `_code_digest` cannot tell apart."""
+    cells = [c for c in getattr(function, "__closure__", None) or () if not _plain_cell(c)]
+    contents = [c.cell_contents for c in cells if c != _EMPTY_CELL]
+    return tuple(v for v in contents if type(v) not in (list, dict, set) and v is not function)
 
 
 def _rebound_names(code: CodeType) -> set[str]:
@@ -1281,7 +1293,8 @@ def new_token() -> str:
 #
 # Each operation is data, and a pure function from the rows of one call, as they are inside
 # the transaction that writes, to the rows that it changes.  Every store runs these: SQLite
-# in BEGIN IMMEDIATE, a six-method store by compare-and-append.
+# in BEGIN IMMEDIATE (with single guarded statements where those come to the same), a
+# six-method store by compare-and-append.
 
 
 class Now(NamedTuple):
@@ -2042,13 +2055,19 @@ class _Keeper:
             self._wakes_at = float("inf")  # who comes while the pause is reckoned rings
             pause = self._pause()
             self._wakes_at = time.monotonic() + pause
-            self._bell.acquire(timeout=pause)
+            rung = self._bell.acquire(timeout=pause)
+            if not (rung or self._live or self._pending or self.counting):
+                break
             for work in (self._renew, self._retry, self._flush):
                 try:
                     work()
                 except Exception as error:  # whatever it is, leases must be renewed
                     time.sleep(0.05)
                     _logger().debug("the keeper will try again: %s", error)
+        if self._thread is threading.current_thread():  # idle: what comes from now on starts another
+            self._thread = None
+            if self._live or self._pending or self.counting:
+                self._wake()
 
     def _pause(self) -> float:
         now = time.monotonic()
@@ -4267,6 +4286,14 @@ class Guard:
 
     def _refuse_twins(self, tool: _Tool) -> None:
         """Functions that only their bytecode tells apart must be named, or one would never run."""
+        objects = _closed_objects(tool.function) if "#" in tool.own_name else ()
+        first = self._receivers.setdefault(tool.own_name, objects) if objects else ()
+        if any(mine is not other for mine, other in zip(objects, first or (), strict=False)):
+            self._receivers[tool.own_name] = None
+            self._say(
+                f"⚠  {_short(tool.own_name)} closes over two objects that have no stable form, so their calls "
+                "count as the same; tell them apart with name=…"
+            )
         code = getattr(getattr(tool.function, "__code__", None), "co_code", b"")
         if "#" in tool.own_name and self._digests.setdefault(tool.own_name, code) != code:
             raise UsageError(
@@ -4538,7 +4565,10 @@ class Guard:
         self, *, tool: str | None = None, wf: str | None = None, stream: Literal[True]
     ) -> Iterator[dict[str, Any]]: ...
     def history(self, *, tool: str | None = None, wf: str | None = None, stream: bool = False) -> Any:
-        """One JSON-safe dict per call, oldest first, its runs inside; `stream=True` for an iterator."""
+        """One JSON-safe dict per call, its runs inside; `stream=True` for an iterator.
+
+        Oldest first, after them the calls of unlimited tools.
+        """
         store = self._ready()
         store.flush_for_reading()
         found = (_history_entry(record, rows) for record, rows in store.calls(tool=tool, wf=wf))
