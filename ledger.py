@@ -903,7 +903,7 @@ _GENERATOR, _ASYNC_GENERATOR = 0x20, 0x200
 
 #: held while something is done for the first time in this process; a fork waits for it, because a
 #: child waits for ever for what a thread that it does not have was about to load or open
-_first_time: Final = threading.Lock()
+_first_time: Final = threading.RLock()  # a signal handler may call the guard anywhere
 
 
 def _load() -> None:
@@ -1608,7 +1608,7 @@ class Store:
     _keeper: _Keeper | None
     _newest_seen: dict[str, tuple[int, Record]]
     _counters: dict[str, Record]
-    _counter_lock: threading.Lock
+    _counter_lock: threading.RLock
     _uncounted: set[str]
 
     def __new__(cls, *_args: object, **_options: object) -> Self:
@@ -1617,7 +1617,7 @@ class Store:
         self.clock = Clock()
         self._keeper = None
         self._newest_seen, self._counters, self._uncounted = {}, {}, set()
-        self._counter_lock = threading.Lock()
+        self._counter_lock = threading.RLock()
         _forked.add(self)
         return self
 
@@ -1985,7 +1985,7 @@ def _not_entered(claim: Claim, run: int) -> Settle:
 # ═══ The keeper: one background thread per store ══════════════════════════════════════
 
 
-def _ring(bell: threading.Lock) -> None:
+def _ring(bell: Any) -> None:
     """Ring, or leave it ringing."""
     try:
         bell.release()
@@ -2002,7 +2002,7 @@ class _Keeper:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._bell = threading.Lock()
         #: the runs whose leases are renewed, by token, with the time when that is due
         self._live: dict[str, tuple[weakref.ref[_Attempt], float]] = {}
@@ -2543,8 +2543,8 @@ class SqliteStore(Store):
                     self._commit_waiting()
                 self._hand_over()
             while not item.done:
-                if not item.bell.acquire(timeout=1):  # a leader was interrupted before it could hand over
-                    self._wake_writer()
+                if not item.bell.acquire(timeout=0.2):  # the leader was interrupted, by Ctrl-C for good or by
+                    self._wake_writer()  # a signal handler of its thread that waits here itself
         except BaseException:  # Ctrl-C: forget what is not taken yet, and let nobody wait for us
             self._withdraw(item)
             self._wake_writer()

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -721,3 +722,34 @@ def test_current_is_the_tasks_own(guard: Guard) -> None:
         return set(keys)
 
     assert len(asyncio.run(main())) == 20
+
+
+def test_guard_call_never_blocks_the_loop(tmp_path: Path) -> None:
+    """While another process holds the write lock, the loop goes on, also for guard.call."""
+    guard = Guard(tmp_path / "ledger.db", quiet=True)
+    guard(str, 0)
+
+    async def send(order: int) -> int:
+        return order
+
+    async def tick(gaps: list[float]) -> None:
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.005)
+            gaps.append(time.monotonic() - before)
+
+    async def scene() -> tuple[Any, float]:
+        gaps: list[float] = []
+        ticker = asyncio.create_task(tick(gaps))
+        with closing(sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)) as holder:
+            holder.execute("BEGIN IMMEDIATE")
+            asyncio.get_running_loop().call_later(1.0, holder.execute, "ROLLBACK")
+            outcome = await guard.call(send, 1)
+        ticker.cancel()
+        return outcome.value, max(gaps)
+
+    value, gap = asyncio.run(scene())
+
+    assert 1 == value
+    assert gap < 0.5  # of the second that the lock was held
+    guard.close()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import platform
 import signal
+import sqlite3
+import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -563,3 +566,26 @@ guard(charge, 1)
 
     assert "Z" == first.state()
     assert ["charge 1 first", "charge 1 again"] == stage.effects()
+
+
+def test_an_outcome_that_waits_is_written_at_exit(stage: Stage) -> None:
+    """A process that ends while its outcome waits for a lock waits for it, and the outcome is there."""
+    script = """
+guard = Guard(DB, quiet=True, lock_seconds=0.3)
+def charge(order):
+    say("in")
+    hear()
+    effect(order)
+    return order
+guard(charge, 1)
+"""
+    actor = stage.start(script)
+    assert actor.line() == "in"
+    with closing(sqlite3.connect(stage.db, isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        actor.tell("go on")
+        time.sleep(1.5)
+        holder.execute("ROLLBACK")
+    actor.ends_well()
+
+    assert ["success"] == [call["status"] for call in Guard(stage.db, quiet=True).history()]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import ledger
-from ledger import Guard, InProgress, MemoryStore, Outcome, Record, Status
+from ledger import Guard, InProgress, LedgerError, MemoryStore, Outcome, Record, Status
 
 
 @pytest.fixture(params=["sqlite", "memory"])
@@ -720,3 +720,87 @@ def test_a_result_outlives_a_lost_file_here_too(tmp_path: Path) -> None:
 
     assert ("executed", "receipt", Status.SUCCESS) == (outcome.kind, outcome.value, outcome.record.status)
     shutil.rmtree(tmp_path)
+
+
+def test_threads_that_open_a_memory_ledger_share_it() -> None:
+    """However many threads make the first call at once, they find one store."""
+    for _ in range(20):
+        guard, ran = Guard("memory://", quiet=True), list[int]()
+        gate = threading.Barrier(8)
+
+        def call(guard: Guard = guard, ran: list[int] = ran, gate: threading.Barrier = gate) -> None:
+            gate.wait()
+            guard(lambda: ran.append(1), key="one")
+
+        with ThreadPoolExecutor(8) as pool:
+            for future in [pool.submit(call) for _ in range(8)]:
+                future.result()
+        assert [1] == ran
+
+
+def test_force_runs_or_says_who_holds_the_call(guard: Guard) -> None:
+    """Of many that force at once each has run or got InProgress; none got nothing."""
+    gate = threading.Barrier(8)
+
+    def slow() -> str:
+        time.sleep(0.005)
+        return "ran"
+
+    def force() -> str:
+        gate.wait()
+        try:
+            return guard.force(slow)
+        except InProgress:
+            return "held"
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = [future.result() for future in [pool.submit(force) for _ in range(8)]]
+
+    assert {"ran", "held"} >= set(answers)
+    assert answers.count("ran") == guard.stats()["executed"] >= 1
+
+
+def test_two_guards_keep_their_own_policies() -> None:
+    """A tool that one guard wrapped follows the policy of the guard that is asked."""
+    one, two = Guard(store=MemoryStore(), quiet=True), Guard(store=MemoryStore(), quiet=True)
+    ran: list[int] = []
+
+    @one.once
+    def note(n: int) -> None:
+        ran.append(n)
+
+    two.policy(note, max=3)
+    for _ in range(5):
+        note(1)
+        two(note, 2)
+
+    assert (1, 3) == (ran.count(1), ran.count(2))
+
+
+def test_closing_beside_others_breaks_nothing(tmp_path: Path) -> None:
+    """One guard's close() while another uses the same file is only a pause."""
+    one, two = Guard(tmp_path / "l.db", quiet=True), Guard(tmp_path / "l.db", quiet=True)
+    stop = threading.Event()
+    errors: list[LedgerError] = []
+
+    def work(first: int) -> None:
+        number = first
+        try:
+            while not stop.is_set():
+                one(str, number)
+                number += 1
+        except LedgerError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(n * 1_000_000,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(50):
+        two(str, -1)
+        two.close()
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+    assert [] == errors
+    one.close()

@@ -430,3 +430,30 @@ def test_a_callable_without_a_hash_is_a_tool() -> None:
     guard = memory()
 
     assert [3, None] == [guard(Unhashable(), 3) for _ in range(2)]
+
+
+def test_a_method_of_a_builtin_counts_its_object() -> None:
+    """Appending to two different lists is two actions; two equal ones are one."""
+    guard = memory()
+    one, two, three = [1], [2], [1]
+
+    for each in (one, two, three):
+        guard(each.append, 5)
+
+    assert ([1, 5], [2, 5], [1]) == (one, two, three)
+
+
+def test_closures_over_objects_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two functions that only an object without a form tells apart share their calls, with one notice."""
+    guard = Guard(store=MemoryStore(), quiet=False)
+
+    def make(client: object) -> Callable[[int], int]:
+        def charge(order: int) -> int:
+            return hash(client) and order
+
+        return charge
+
+    for client in (object(), object(), object()):
+        guard(make(client), 1)
+
+    assert 1 == capsys.readouterr().err.count("closes over two objects")

@@ -2,6 +2,7 @@
 
 import io
 import uuid
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta, timezone
@@ -243,3 +244,27 @@ def test_an_annotation_that_cannot_be_evaluated_restores_plain_values() -> None:
     guard.policy(pay, replay=True)
 
     assert ((1, 2), (1, 2)) == (guard(pay), guard(pay))
+
+
+def test_a_field_named_dollar_comes_back() -> None:
+    """A model whose extra field has the name of our mark is restored like any other."""
+
+    class Loose(pydantic.BaseModel):
+        model_config = pydantic.ConfigDict(extra="allow")
+        a: int
+
+    def make() -> Loose:
+        return Loose(a=1, **{"$": "x"})
+
+    guard = Guard(store=MemoryStore(), quiet=True)
+    guard.policy(make, replay=True)
+
+    assert guard(make) == guard(make)
+
+
+def test_a_deque_comes_back() -> None:
+    """A queue is one again."""
+    guard = Guard(store=MemoryStore(), quiet=True)
+    guard.defaults(replay=True)
+
+    assert deque([1, 2]) == guard(deque, [1, 2]) == guard(deque, [1, 2])
