@@ -735,13 +735,9 @@ def _store_list(values: Iterable[Any]) -> str:
     return "[" + ",".join([_store_form(v) for v in values]) + "]"
 
 
-def _store_fields(values: dict[str, Any]) -> str:
-    return "{" + ",".join([f"{_quote(n)}:{_store_form(v)}" for n, v in values.items()]) + "}"
-
-
 def _store_dict(value: dict[Any, Any]) -> str:
     if "$" not in value and all(type(k) is str for k in value):
-        return _store_fields(value)
+        return "{" + ",".join([f"{_quote(k)}:{_store_form(v)}" for k, v in value.items()]) + "}"
     return _packed("dict", _store_list(list(pair) for pair in value.items()))
 
 
@@ -919,7 +915,6 @@ class _Tool:
     __slots__ = (
         "__weakref__", "by_name", "defaults", "fast", "function", "generation", "is_async", "known_types",
         "name", "options", "ordered", "own_name", "parameters", "policy", "positional", "receiver", "rest",
-        "takes_key",
     )  # fmt: skip
 
     def __init__(self, function: Callable[..., Any], name: str, *, receiver: bool) -> None:
@@ -930,8 +925,8 @@ class _Tool:
         self.receiver = ""
         self.is_async = _is_async(function)
         self.options: PolicyOptions = {}
-        #: the guard whose policy this is, and how often its policies had changed
-        self.generation = (0, 0)
+        #: which state of which guard's policies `policy` was made from
+        self.generation: object = None
         self.policy: Policy
         self.known_types: tuple[type, ...] | None = None
         self._read_signature(receiver)
@@ -949,7 +944,6 @@ class _Tool:
         self.positional = [p.name for p in every if p.kind is simple[0]]
         self.by_name = frozenset(p.name for p in every)
         self.defaults = {p.name: p.default for p in every if p.default is not p.empty}
-        self.takes_key = "key" in self.by_name
         self.rest = next((p.name for p in every if p.kind is p.VAR_KEYWORD), None)
         if receiver and every and every[0].kind is not inspect.Parameter.VAR_POSITIONAL:
             self.receiver = every[0].name
@@ -1134,15 +1128,7 @@ def _rebound_names(code: CodeType) -> set[str]:
     return names.union(*(_rebound_names(c) for c in code.co_consts if hasattr(c, "co_code")))
 
 
-_TOOL_MARKS: Final = (
-    "args_schema",
-    "tool_spec",
-    "inputs",
-    "func",
-    "fn",
-    "params_json_schema",
-    "input_schema",
-)
+_TOOL_MARKS: Final = "args_schema tool_spec inputs func fn params_json_schema input_schema".split()
 
 
 def _refuse_uncallable(fn: Any, where: str) -> None:
@@ -1769,9 +1755,9 @@ class Store:
         first = {c: counters[c][0] for c in counters} | found
         for call in sorted(first, key=lambda c: first[c].created):
             if _is_named(first[call].tool, tool):
-                record_, rows = self._counted(call, counters.get(call, []))
-                if record_ is not None:
-                    yield record_, rows
+                counted, rows = self._counted(call, counters.get(call, []))
+                if counted is not None:
+                    yield counted, rows
 
     def _counted(self, call: str, counters: Sequence[Record]) -> tuple[Record | None, list[Run]]:
         """The record of a call with what its counters say, and its runs."""
@@ -1799,6 +1785,10 @@ class Store:
             for name, n in counts.items():
                 sums[name] += n
         return found
+
+    def last_errors(self) -> dict[str, str | None]:
+        """By tool, the error of its newest call whose latest run failed."""
+        return {r.tool: r.error for r, _ in self.calls() if r.status is Status.FAILED}
 
     def events(self, after: int = 0) -> Iterator[dict[str, Any]]:
         """What happened after that sequence number; a six-method store keeps no such log."""
@@ -2093,10 +2083,8 @@ class _Keeper:
                 self.forget(token)
             elif due <= now and token in self._live:
                 self._live[token] = (ref, now + attempt.claim.lease / _MICROS / 3)
-                if (
-                    self.store.transact(Renew(attempt.claim, attempt.run)).kind == "lost"
-                    and token in self._live
-                ):
+                verdict = self.store.transact(Renew(attempt.claim, attempt.run))
+                if verdict.kind == "lost" and token in self._live:
                     self.forget(token)
                     attempt.lost()
 
@@ -2655,13 +2643,13 @@ class SqliteStore(Store):
         now = time.monotonic()
         for item in items:
             item.until = item.until or now + self.lock_seconds
-        if all(item.until >= now for item in items):
-            return
-        overdue = StoreError(
-            f"{self.path}: another process held the write lock for too long ({self.lock_seconds:g} s for a "
-            "claim); nothing was written. See which process holds it, or allow more with Guard(lock_seconds=…)"
-        )
-        self._fail([item for item in items if item.until < now], overdue)
+        if overdue := [item for item in items if item.until < now]:
+            error = StoreError(
+                f"{self.path}: another process held the write lock for too long ({self.lock_seconds:g} s for "
+                "a claim); nothing was written. See which process holds it, or allow more with "
+                "Guard(lock_seconds=…)"
+            )
+            self._fail(overdue, error)
 
     def _fail(self, items: list[_Item], error: Exception) -> None:
         failed = [item for item in items if not item.done]
@@ -2921,6 +2909,12 @@ class SqliteStore(Store):
             _roll_back(db)
         return {tool: sums for tool, sums in found.items() if sums["actions"]}
 
+    def last_errors(self) -> dict[str, str | None]:
+        """By tool, the error of its newest call whose latest run failed."""
+        errors = {tool: error for tool, error, _ in self._browse(_LAST_ERRORS)}
+        tallies = self._browse("SELECT tool, error FROM tallies WHERE error IS NOT NULL ORDER BY created")
+        return {**errors, **dict(tallies)}
+
     # -- counting: buffered, no fsync --
 
     def count(self, kind: str, claim: Claim, run: int, error: str | None = None) -> None:
@@ -3173,6 +3167,14 @@ SELECT tool, CASE status WHEN 'doubt' THEN 'in_doubt' ELSE status END, COUNT(*)
    AND (status <> 'doubt' OR NOT released AND late IS NOT 'success')
    AND NOT EXISTS (SELECT 1 FROM runs AS l WHERE l.call = r.call AND l.run > r.run)
  GROUP BY tool, status
+"""
+# the bare columns are those of the row with the MAX; a call is as new as its first run
+_LAST_ERRORS: Final = """
+SELECT tool, error, MAX((SELECT MIN(id) FROM runs AS f WHERE f.call = r.call))
+  FROM runs AS r INDEXED BY open_ends
+ WHERE status <> 'running' AND status <> 'success' AND status = 'failed'
+   AND NOT EXISTS (SELECT 1 FROM runs AS l WHERE l.call = r.call AND l.run > r.run)
+ GROUP BY tool
 """
 _TALLY_SUMS: Final = "SELECT tool, COUNT(*), SUM(ran + raised), SUM(ran) FROM tallies GROUP BY tool"
 _ADD_TALLY: Final = (
@@ -3457,16 +3459,16 @@ def _types(value: Any) -> tuple[type[BaseException], ...]:
     return types
 
 
-def _layered(*layers: PolicyOptions) -> PolicyOptions:
-    """Later layers win; what an earlier one says against them is dropped."""
-    merged: dict[str, Any] = {}
-    for layer in reversed(layers):
-        for name in layer.keys() - merged.keys():
+def _with_defaults(own: PolicyOptions, defaults: PolicyOptions) -> PolicyOptions:
+    """A tool's own options win; what a default says against them is dropped."""
+    merged: dict[str, Any] = {**own}
+    for name, value in defaults.items():
+        if name not in merged:
             try:
-                _check_options({**merged, name: layer[name]})
+                _check_options({**merged, name: value})
             except PolicyError:
                 continue
-            merged[name] = layer[name]
+            merged[name] = value
     return cast("PolicyOptions", merged)
 
 
@@ -3561,10 +3563,9 @@ class _Attempt:
 
     def prepare(self) -> Self:
         """What only an attempt that may run needs."""
-        claim, bound = self.claim, self.bound
+        claim = self.claim
         self.pid = os.getpid()
-        self.shown = _Shown(self.policy.redact)
-        text = self.shown.text({n: bound[n] for n, _ in self.tool.ordered})
+        text = self.show()
         key = claim.key
         if key and self.shown.secrets:
             key = json.dumps(self.shown.scrub(json.loads(key)))
@@ -3577,6 +3578,11 @@ class _Attempt:
         if key is None and not self.policy.unlimited:
             self.guard._watch_burst(self.tool, self.claim, text)
         return self
+
+    def show(self) -> str:
+        """The arguments as JSON; from here on their secrets are known, for errors and results."""
+        self.shown = _Shown(self.policy.redact)
+        return self.shown.text({n: self.bound[n] for n, _ in self.tool.ordered})
 
     def steps(self) -> Generator[_Step, Any, _Reply]:
         """Claim, run and settle; or answer what a duplicate gets."""
@@ -3798,6 +3804,18 @@ class _Attempt:
 
     # -- what a duplicate gets --
 
+    @property
+    def asks_first(self) -> bool:
+        """Whether one recorded success is an answer, so that a look may save all the rest."""
+        return self.policy.simple and not self.claim.forced
+
+    def answer_known(self, runs: Sequence[tuple[str, int, str | None, int]]) -> _Reply | None:
+        """The answer if the latest run succeeded; else remember whether there was any."""
+        if runs and runs[-1][0] == "success" and not runs[-1][1]:
+            return self.answer_done(runs[-1][3], runs[-1][2])
+        self.is_new = not runs
+        return None
+
     def answer_done(self, run: int, result: str | None) -> _Reply:
         """The recorded result, or that it was done."""
         if not self.policy.replay or result is None:
@@ -3805,8 +3823,7 @@ class _Attempt:
         self._count(run)
         if not self.guard._is_quiet():
             self.guard._say(f"↺ {self.guard._shown_name(self.claim.tool)} replayed")
-        value = self.tool.restore(result) if '"$"' in result else json.loads(result)
-        return _Reply("waited" if self.waited else "replayed", value)
+        return _Reply("waited" if self.waited else "replayed", self.tool.restore(result))
 
     def _answer_blocked(self, run: int, why: str) -> _Reply:
         self._count(run)
@@ -3826,8 +3843,8 @@ class _Attempt:
         if not claim.caller:
             claim = claim._replace(caller=f"pid {os.getpid()}")
         self.store.count("blocked", claim, run)
-        if self.guard._on_block:
-            self.guard._tell(self.guard._on_block, self.store.describe(self.store.rows(claim.call)))
+        if "blocked" in self.guard._callbacks:
+            self.guard._tell("blocked", self.store.describe(self.store.rows(claim.call)))
 
 
 def _error_text(error: BaseException) -> str:
@@ -4008,18 +4025,16 @@ class Guard:
     def _begin(self) -> None:
         """What is not carried to another process."""
         self._opened: Store | None = self._given_store
-        self._generation = (id(self), 0)
+        self._generation = object()  # another one whenever a policy changes
         self._tools: weakref.WeakKeyDictionary[Any, _Tool] = weakref.WeakKeyDictionary()
-        self._on_success: list[Callback] = []
-        self._on_block: list[Callback] = []
-        self._on_failure: list[Callback] = []
-        self._on_doubt: list[Callback] = []
+        #: by what they are told of: the end of a run, or an attempt that was blocked
+        self._callbacks: dict[str, list[Callback]] = {}
         self._scope: contextvars.ContextVar[str | None] = contextvars.ContextVar("ledger_wf", default=None)
         self._who: contextvars.ContextVar[str | None] = contextvars.ContextVar("ledger_caller", default=None)
         self._main_scope: str | None = None
         self._main_who: str | None = None
         self._bursts: dict[tuple[str, str], deque[tuple[float, str]]] = {}
-        self._receivers: dict[str, Any] = {}
+        self._receivers: dict[str, tuple[Any, ...]] = {}
         self._digests: dict[str, bytes] = {}
         self._short_names: dict[str, set[str]] = {}
         self._told_doubts: deque[tuple[str, int]] = deque(maxlen=1000)
@@ -4055,10 +4070,7 @@ class Guard:
         Raises what the tool raises, and `StoreError`, `InDoubt`, `InProgress`, `KeyConflict`,
         `UsageError` before the tool runs.
         """
-        attempt = self._attempt(fn, args, kwargs)
-        return cast(
-            "T", self._value_async(attempt) if attempt.tool.is_async else self._answer(attempt).given()
-        )
+        return cast("T", self._value(self._attempt(fn, args, kwargs)))
 
     @overload
     def call(
@@ -4091,24 +4103,22 @@ class Guard:
             record = _record([attempt.last_row()], 0)
         return Outcome(reply.kind, value, record)
 
+    def _value(self, attempt: _Attempt) -> Any:
+        """The tool's result or what stands for it; something to await for an async tool."""
+        return self._value_async(attempt) if attempt.tool.is_async else self._answer(attempt).given()
+
     async def _value_async(self, attempt: _Attempt) -> Any:
         return (await self._answer_async(attempt)).given()
 
     def _answer(self, attempt: _Attempt) -> _Reply:
-        if attempt.policy.simple and not attempt.claim.forced:
-            runs = attempt.store.quick(attempt.claim.call)
-            if runs and runs[-1][0] == "success" and not runs[-1][1]:
-                return attempt.answer_done(runs[-1][3], runs[-1][2])
-            attempt.is_new = not runs
-        return _drive(attempt.prepare())
+        known = attempt.asks_first and attempt.answer_known(attempt.store.quick(attempt.claim.call))
+        return known or _drive(attempt.prepare())
 
     async def _answer_async(self, attempt: _Attempt) -> _Reply:
-        if attempt.policy.simple and not attempt.claim.forced:
-            runs = await attempt.store.quick_async(attempt.claim.call)
-            if runs and runs[-1][0] == "success" and not runs[-1][1]:
-                return attempt.answer_done(runs[-1][3], runs[-1][2])
-            attempt.is_new = not runs
-        return await _drive_async(attempt.prepare())
+        known = attempt.asks_first and attempt.answer_known(
+            await attempt.store.quick_async(attempt.claim.call)
+        )
+        return known or await _drive_async(attempt.prepare())
 
     def _attempt(
         self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, forced: bool = False
@@ -4117,7 +4127,7 @@ class Guard:
         tool, args, kwargs = self._tool_for(fn, args, kwargs)
         key = None
         for name in ("ledger_key", "key"):
-            if name in kwargs and not (name == "key" and tool.takes_key):
+            if name in kwargs and not (name == "key" and "key" in tool.by_name):
                 key = kwargs.pop(name)
                 key = "" if key is not None and _is_empty(key) else key
                 break
@@ -4127,7 +4137,7 @@ class Guard:
         self, tool: _Tool, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any], forced: bool = False
     ) -> _Attempt:
         """Name the call: everything that can go wrong here goes wrong before anything runs."""
-        if tool.generation != self._generation:
+        if tool.generation is not self._generation:
             self._apply_policy(tool)
         policy = tool.policy
         bound = tool.bind(args, kwargs)
@@ -4181,14 +4191,19 @@ class Guard:
             return canonical(receiver)
         except (UnstableArgument, RecursionError):
             pass
-        first = self._receivers.setdefault(tool.name, receiver)
-        if first is not receiver and first is not None:
-            self._receivers[tool.name] = None
-            self._say(
-                f"⚠  {_short(tool.name)} is called on two objects that have no stable form, so their calls "
-                "count as the same; tell them apart with name=… or a __ledger_key__() method"
-            )
+        advice = "name=… or a __ledger_key__() method"
+        self._watch_sharing(tool.name, (receiver,), "is called on", advice)
         return _tagged("instance", _quote(_type_name(type(receiver))))
+
+    def _watch_sharing(self, name: str, objects: tuple[Any, ...], how: str, advice: str) -> None:
+        """Say once that calls which only objects without a stable form tell apart count as the same."""
+        first = self._receivers.setdefault(name, objects)
+        if any(mine is not other for mine, other in zip(objects, first, strict=False)):
+            self._receivers[name] = ()
+            self._say(
+                f"⚠  {_short(name)} {how} two objects that have no stable form, so their calls "
+                f"count as the same; tell them apart with {advice}"
+            )
 
     def _watch_burst(self, tool: _Tool, claim: Claim, args: str) -> None:
         """Warn of calls that look like retries with drifting arguments: three different ones in 10 s."""
@@ -4217,29 +4232,25 @@ class Guard:
     # -- telling --
 
     def _after_settle(self, attempt: _Attempt, ending: Settle) -> None:
-        if self._is_quiet() and not (self._on_success or self._on_failure or self._on_doubt):
-            return
         if not self._is_quiet():
             mark = {"success": "✓", "failed": "✗", "suspended": "⏸"}.get(ending.status, "?")
             told = f"   → {ending.error.splitlines()[0]}" if ending.error else ""
             self._say(f"{mark} {self._shown_name(attempt.claim.tool)}{told}")
-        told_to = {"success": self._on_success, "failed": self._on_failure, "doubt": self._on_doubt}
-        if told_to.get(ending.status):
-            rows = attempt.store.rows(attempt.claim.call)
-            if rows and ending.status == "doubt":
-                self._tell_doubt(attempt.store.describe(rows))
-            elif rows:
-                self._tell(told_to[ending.status], attempt.store.describe(rows))
+        rows = attempt.store.rows(attempt.claim.call) if ending.status in self._callbacks else []
+        if rows and ending.status == "doubt":
+            self._tell_doubt(attempt.store.describe(rows))
+        elif rows:
+            self._tell(ending.status, attempt.store.describe(rows))
 
     def _tell_doubt(self, record: Record) -> None:
         """Once for each run, however many duplicates come upon it."""
-        if self._on_doubt and (record.call, record.run) not in self._told_doubts:
+        if "doubt" in self._callbacks and (record.call, record.run) not in self._told_doubts:
             self._told_doubts.append((record.call, record.run))
-            self._tell(self._on_doubt, record)
+            self._tell("doubt", record)
 
-    def _tell(self, callbacks: list[Callback], record: Record) -> None:
+    def _tell(self, what: str, record: Record) -> None:
         """A callback's exception never reaches the tool's caller, and never vanishes."""
-        for callback in callbacks:
+        for callback in self._callbacks[what]:
             try:
                 returned = callback(record)
                 if hasattr(returned, "cr_code"):
@@ -4286,16 +4297,12 @@ class Guard:
 
     def _refuse_twins(self, tool: _Tool) -> None:
         """Functions that only their bytecode tells apart must be named, or one would never run."""
-        objects = _closed_objects(tool.function) if "#" in tool.own_name else ()
-        first = self._receivers.setdefault(tool.own_name, objects) if objects else ()
-        if any(mine is not other for mine, other in zip(objects, first or (), strict=False)):
-            self._receivers[tool.own_name] = None
-            self._say(
-                f"⚠  {_short(tool.own_name)} closes over two objects that have no stable form, so their calls "
-                "count as the same; tell them apart with name=…"
-            )
+        if "#" not in tool.own_name:
+            return
+        if objects := _closed_objects(tool.function):
+            self._watch_sharing(tool.own_name, objects, "closes over", "name=…")
         code = getattr(getattr(tool.function, "__code__", None), "co_code", b"")
-        if "#" in tool.own_name and self._digests.setdefault(tool.own_name, code) != code:
+        if self._digests.setdefault(tool.own_name, code) != code:
             raise UsageError(
                 f"two different functions are both called {tool.own_name}; nothing ran. Tell them "
                 "apart: @guard.once(name=…) or guard.policy(fn, name=…)"
@@ -4309,7 +4316,7 @@ class Guard:
         _check_options(own)
         if tool.rest is None:
             self._check_names(tool, own)
-        tool.policy = Policy(**_layered(self._defaults_for(tool), own))
+        tool.policy = Policy(**_with_defaults(own, self._defaults_for(tool)))
         tool.name = tool.policy.name or tool.own_name
         tool.generation = self._generation
 
@@ -4343,7 +4350,7 @@ class Guard:
         merged = cast("PolicyOptions", {**before, **options})
         Policy(**merged)
         self._policies[name] = merged
-        self._generation = (id(self), self._generation[1] + 1)
+        self._generation = object()
         try:
             if tool is not None:
                 self._apply_policy(tool)
@@ -4358,7 +4365,7 @@ class Guard:
         if options.get("name"):
             raise PolicyError("defaults: one name=… for all tools would make them one; name each")
         self._defaults = merged
-        self._generation = (id(self), self._generation[1] + 1)
+        self._generation = object()
 
     # -- wrapping --
 
@@ -4392,14 +4399,15 @@ class Guard:
         if tool.is_async:
 
             async def guarded_async(*args: Any, **kwargs: Any) -> Any:
-                attempt = self._attempt_at(tool, None, first + args, {**named, **kwargs})
-                return (await self._answer_async(attempt)).given()
+                return await self._value_async(
+                    self._attempt_at(tool, None, first + args, {**named, **kwargs})
+                )
 
             wrapper = guarded_async
         else:
 
             def guarded(*args: Any, **kwargs: Any) -> Any:
-                return self._answer(self._attempt_at(tool, None, first + args, {**named, **kwargs})).given()
+                return self._value(self._attempt_at(tool, None, first + args, {**named, **kwargs}))
 
             wrapper = guarded
         _dress(wrapper, fn)
@@ -4511,15 +4519,11 @@ class Guard:
 
     def force(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Run now, whatever the history says, and record it; raises `InProgress` beside a live run."""
-        attempt = self._attempt(fn, args, kwargs, forced=True)
-        return cast(
-            "T", self._value_async(attempt) if attempt.tool.is_async else self._answer(attempt).given()
-        )
+        return cast("T", self._value(self._attempt(fn, args, kwargs, forced=True)))
 
     def _existing(self, fn: Any, args: Any, kwargs: Any) -> tuple[_Attempt, list[Run]]:
         attempt = self._attempt(fn, args, kwargs)
-        attempt.shown = _Shown(attempt.policy.redact)  # a result told by hand may repeat a secret
-        attempt.shown.text({n: attempt.bound[n] for n, _ in attempt.tool.ordered})
+        attempt.show()  # a result told by hand may repeat a secret
         return attempt, attempt.store.rows(attempt.claim.call)
 
     def _refuse_live(self, attempt: _Attempt, verdict: Verdict, what: str) -> None:
@@ -4543,6 +4547,7 @@ class Guard:
         tools = self._ready().totals()
         shown = {t: _short(t) if sum(_short(o) == _short(t) for o in tools) == 1 else t for t in tools}
         width = max((len(n) for n in shown.values()), default=0)
+        errors = self._ready().last_errors() if any(sums["failed"] for sums in tools.values()) else {}
         for tool, sums in sorted(tools.items(), key=lambda item: shown[item[0]]):
             mark = "✗" if sums["failed"] else "?" if sums["in_doubt"] else "✓"
             line = (
@@ -4550,13 +4555,9 @@ class Guard:
             )
             line += f" blocked {sums['blocked']}" if sums["blocked"] else ""
             line += f" in doubt {sums['in_doubt']}" if sums["in_doubt"] else ""
-            error = self._last_error(tool) if sums["failed"] else None
+            error = errors.get(tool) if sums["failed"] else None
             line += f" → {error.splitlines()[0]}" if error else ""
             print(line.rstrip())
-
-    def _last_error(self, tool: str) -> str | None:
-        found = [r.error for r, _ in self._ready().calls(tool=tool) if r.status is Status.FAILED]
-        return found[-1] if found else None
 
     @overload
     def history(self, *, tool: str | None = None, wf: str | None = None) -> list[dict[str, Any]]: ...
@@ -4601,19 +4602,24 @@ class Guard:
 
     def on_success(self, callback: Callback) -> None:
         """Call it with the record after each run that succeeded."""
-        self._on_success.append(_called(callback))
+        self._listen("success", callback)
 
     def on_block(self, callback: Callback) -> None:
         """Call it with the record after each attempt that ran nothing."""
-        self._on_block.append(_called(callback))
+        self._listen("blocked", callback)
 
     def on_failure(self, callback: Callback) -> None:
         """Call it with the record after each run that failed."""
-        self._on_failure.append(_called(callback))
+        self._listen("failed", callback)
 
     def on_doubt(self, callback: Callback) -> None:
         """Call it with the record when a run turns out to be in doubt."""
-        self._on_doubt.append(_called(callback))
+        self._listen("doubt", callback)
+
+    def _listen(self, what: str, callback: Callback) -> None:
+        if not callable(callback):
+            raise UsageError(f"a callback is a function of the record, not {type(callback).__name__}")
+        self._callbacks.setdefault(what, []).append(callback)
 
     def persist(self, url: str | os.PathLike[str]) -> None:
         """Keep the records in another file from now on."""
@@ -4649,12 +4655,6 @@ class Guard:
                 if isinstance(self._opened, SqliteStore):
                     self._opened.quiet = self._is_quiet()
             return self._opened
-
-
-def _called(callback: Callback) -> Callback:
-    if not callable(callback):
-        raise UsageError(f"a callback is a function of the record, not {type(callback).__name__}")
-    return callback
 
 
 def _is_empty(key: Any) -> bool:
@@ -4745,7 +4745,7 @@ class Scope:
         try:
             attempt = self._guard._attempt(fn, args, kwargs)
             if not attempt.tool.is_async:
-                return cast("T", self._guard._answer(attempt).given())
+                return cast("T", self._guard._value(attempt))
         finally:
             self._variable.set(before)
         return cast("T", self._call_async(attempt))
@@ -4754,7 +4754,7 @@ class Scope:
         before = self._variable.get()
         self._variable.set(self._value)
         try:
-            return (await self._guard._answer_async(attempt)).given()
+            return await self._guard._value_async(attempt)
         finally:
             self._variable.set(before)
 

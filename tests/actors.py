@@ -152,6 +152,13 @@ class Stage:
             assert actor.line() == "ready"
         return actors
 
+    def let_go(self, crowd: list[Actor]) -> None:
+        """Tell all of a crowd to begin, and see them end well."""
+        for actor in crowd:
+            actor.tell("go")
+        for actor in crowd:
+            actor.ends_well()
+
     def effects(self) -> list[str]:
         """What the tools have done, in order."""
         try:

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 import ledger
-from ledger import NOT_DONE, Guard, InDoubt, InProgress, MemoryStore, Record, Store
+from ledger import NOT_DONE, Guard, InDoubt, InProgress, Record, Store
+from tests.stores.kit import guard_on
 
 #: holds the write lock of a ledger for so many seconds, and says when it has it
 LOCK_HOLDER = """
@@ -34,12 +35,8 @@ db.execute("COMMIT")
 @pytest.fixture(params=["sqlite", "memory"])
 def guard(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Guard]:
     """A guard of its own on each of the built-in stores."""
-    if request.param == "memory":
-        yield Guard(store=MemoryStore(), quiet=True)
-        return
-    made = Guard(tmp_path / "ledger.db", quiet=True)
-    yield made
-    made.close()
+    with guard_on(request.param, tmp_path) as made:
+        yield made
 
 
 @pytest.fixture

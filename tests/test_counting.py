@@ -43,10 +43,7 @@ def test_eight_processes_count_a_thousand_duplicates_each(stage: Stage) -> None:
     )
     crowd = stage.crowd(8, script)
 
-    for actor in crowd:
-        actor.tell("go")
-    for actor in crowd:
-        actor.ends_well()
+    stage.let_go(crowd)
 
     assert counts(stage) == (8000, 1, 7999)
     [entry] = Guard(stage.db, quiet=True).history()
@@ -90,10 +87,7 @@ def test_an_unlimited_tool_is_counted_not_claimed(stage: Stage) -> None:
     )
     crowd = stage.crowd(4, script)
 
-    for actor in crowd:
-        actor.tell("go")
-    for actor in crowd:
-        actor.ends_well()
+    stage.let_go(crowd)
 
     assert len(stage.effects()) == 400
     assert counts(stage) == (400, 400, 0)

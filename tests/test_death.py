@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ledger import Guard, InDoubt
-from tests.actors import Stage, eventually
+from tests.actors import Actor, Stage, eventually
 
 CHARGE = """
 def charge(order):
@@ -32,6 +32,14 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
         yield made
 
 
+def killed_inside(stage: Stage, script: str, name: str) -> Actor:
+    """A process that makes this call, and is killed when it is in the midst of the tool."""
+    victim = stage.start(script, name)
+    assert victim.line() == "inside"
+    victim.kill()
+    return victim
+
+
 def runs(stage: Stage) -> list[dict[str, object]]:
     """The runs of the only call in the ledger."""
     looker = Guard(stage.db, quiet=True)
@@ -43,9 +51,7 @@ def runs(stage: Stage) -> list[dict[str, object]]:
 
 def test_killed_inside_the_tool_the_next_call_takes_over_at_once(stage: Stage) -> None:
     """A call whose process was killed inside the tool runs again long before its lease of 300 s."""
-    first = stage.start(CHARGE + CALL, "first")
-    assert first.line() == "inside"
-    first.kill()
+    killed_inside(stage, CHARGE + CALL, "first")
 
     second = stage.start(CHARGE + CALL, "second")
     assert second.line() == "inside"
@@ -59,9 +65,7 @@ def test_killed_inside_the_tool_the_next_call_takes_over_at_once(stage: Stage) -
 def test_killed_inside_an_irreversible_tool_leaves_it_in_doubt(stage: Stage) -> None:
     """After a kill inside an irreversible tool nobody runs it again until somebody has resolved it."""
     policy = "guard.policy(charge, irreversible=True)\n"
-    first = stage.start(CHARGE + policy + CALL, "first")
-    assert first.line() == "inside"
-    first.kill()
+    killed_inside(stage, CHARGE + policy + CALL, "first")
 
     script = """
 for _ in range(2):
@@ -82,9 +86,7 @@ say(guard(charge, 1))
 def test_a_doubt_that_was_not_done_runs_again(stage: Stage) -> None:
     """An irreversible call in doubt that is resolved as not done runs once more, in any process."""
     policy = "guard.policy(charge, irreversible=True)\n"
-    first = stage.start(CHARGE + policy + CALL, "first")
-    assert first.line() == "inside"
-    first.kill()
+    killed_inside(stage, CHARGE + policy + CALL, "first")
 
     second = stage.start(CHARGE + policy + "guard.resolve(charge, 1, done=False)\n" + CALL, "second")
     assert second.line() == "inside"
@@ -262,10 +264,7 @@ for order in range({orders}):
 """
     crowd = stage.crowd(16, script)
 
-    for actor in crowd:
-        actor.tell("go")
-    for actor in crowd:
-        actor.ends_well()
+    stage.let_go(crowd)
 
     expected = {f"charge {order} {who}": 1 for order in range(orders) for who in ("victim", "again")}
     assert Counter(stage.effects()) == expected
@@ -294,10 +293,7 @@ for order in range({orders}):
     first.ends_well()
     crowd = stage.crowd(16, script)
 
-    for actor in crowd:
-        actor.tell("go")
-    for actor in crowd:
-        actor.ends_well()
+    stage.let_go(crowd)
 
     assert Counter(stage.effects()) == {f"charge {order}": 2 for order in range(orders)}
 
@@ -346,10 +342,7 @@ for order in range({orders}):
 """
     crowd = stage.crowd(4, script)
 
-    for actor in crowd:
-        actor.tell("go")
-    for actor in crowd:
-        actor.ends_well()
+    stage.let_go(crowd)
 
     assert Counter(stage.effects()) == {f"charge {order}": 1 for order in range(orders)}
     entries = Guard(stage.db, quiet=True).history()
@@ -359,9 +352,7 @@ for order in range({orders}):
 
 def test_killed_between_claim_and_tool_counts_as_in_doubt(stage: Stage) -> None:
     """A restarted process sees its predecessor's open call as in doubt, with nobody having run it again."""
-    first = stage.start(CHARGE + CALL, "first")
-    assert first.line() == "inside"
-    first.kill()
+    killed_inside(stage, CHARGE + CALL, "first")
 
     looker = Guard(stage.db, quiet=True)
     [entry] = looker.history()
@@ -372,9 +363,7 @@ def test_killed_between_claim_and_tool_counts_as_in_doubt(stage: Stage) -> None:
 
 def test_without_instant_death_only_the_lease_decides(stage: Stage) -> None:
     """A guard that was told not to judge processes waits for the lease of a killed one."""
-    first = stage.start(CHARGE + CALL, "first")
-    assert first.line() == "inside"
-    first.kill()
+    killed_inside(stage, CHARGE + CALL, "first")
 
     second = stage.start(
         "guard = Guard(DB, quiet=True, instant_death=False)\n" + CHARGE + "say(guard.call(charge, 1).kind)\n",
@@ -387,9 +376,7 @@ def test_without_instant_death_only_the_lease_decides(stage: Stage) -> None:
 
 def test_a_killed_call_asks_the_reconciler(stage: Stage) -> None:
     """After a kill the policy's function says what happened, and its answer is what duplicates get."""
-    first = stage.start(CHARGE + CALL, "first")
-    assert first.line() == "inside"
-    first.kill()
+    killed_inside(stage, CHARGE + CALL, "first")
 
     policy = "guard.policy(charge, replay=True, on_doubt=lambda record: 'found at the bank')\n"
     second = stage.start(CHARGE + policy + CALL, "second")
@@ -401,9 +388,7 @@ def test_a_killed_call_asks_the_reconciler(stage: Stage) -> None:
 def test_in_doubt_names_its_owner(stage: Stage) -> None:
     """The error for a call in doubt says which process held it and how to resolve it."""
     script = "charge.__qualname__\nguard.policy(charge, irreversible=True)\n"
-    first = stage.start(CHARGE + script + CALL, "first")
-    assert first.line() == "inside"
-    first.kill()
+    first = killed_inside(stage, CHARGE + script + CALL, "first")
     looker = Guard(stage.db, quiet=True)
     looker.policy("actor.charge", irreversible=True)
 
@@ -460,9 +445,7 @@ except InDoubt:
 
 def test_a_takeover_by_many_gives_all_of_them_one_result(stage: Stage) -> None:
     """Of eight processes that replay a dead run one runs it again, and all get what that one got."""
-    victim = stage.start(CHARGE + CALL, "victim")
-    assert victim.line() == "inside"
-    victim.kill()
+    killed_inside(stage, CHARGE + CALL, "victim")
     script = """
 def charge(order):
     effect("charge", order, sys.argv[2])
@@ -490,9 +473,7 @@ say(guard(charge, 1))
 def test_an_irreversible_dead_run_is_taken_over_by_none_of_many(stage: Stage) -> None:
     """Of eight processes that find an irreversible run dead all are told so, and none runs it."""
     policy = "guard.policy(charge, irreversible=True)\n"
-    victim = stage.start(CHARGE + policy + CALL, "victim")
-    assert victim.line() == "inside"
-    victim.kill()
+    killed_inside(stage, CHARGE + policy + CALL, "victim")
     script = """
 say("ready")
 hear()
@@ -559,10 +540,7 @@ guard(charge, 1)
 """
     crowd = stage.crowd(8, script)
 
-    for actor in crowd:
-        actor.tell("go")
-    for actor in crowd:
-        actor.ends_well()
+    stage.let_go(crowd)
 
     assert "Z" == first.state()
     assert ["charge 1 first", "charge 1 again"] == stage.effects()

@@ -287,9 +287,10 @@ say(guard(charge, 1))
     assert stage.effects() == ["charge first", "charge second"]
 
 
+@pytest.mark.parametrize("used", ["pass", "guard(charge, 0)"], ids=["unused", "used"])
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_multiprocessing_children_run_each_call_once(stage: Stage, method: str) -> None:
-    """Children of every start method get the guard as an argument and run each call once between them."""
+def test_multiprocessing_children_run_each_call_once(stage: Stage, method: str, used: str) -> None:
+    """Children of every start method get a guard, used before or not, and run each call once between them."""
     script = (
         TOOL
         + f"""
@@ -300,7 +301,7 @@ def work(guard):
         guard(charge, order)
 
 if __name__ == "__main__":
-    guard(charge, 0)
+    {used}
     context = multiprocessing.get_context({method!r})
     children = [context.Process(target=work, args=(guard,)) for _ in range(3)]
     for child in children:
@@ -530,36 +531,6 @@ asyncio.run(main())
     orders = [*range(50), *(1000 + first + n for first in range(0, 50, 10) for n in range(3))]
     assert Counter(map(str, orders)) == recorded(stage)
     assert Counter(map(str, orders)) == Counter(stage.effects())
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_multiprocessing_before_first_use(stage: Stage, method: str) -> None:
-    """Children of every start method that got a guard which was never used run each call once."""
-    script = (
-        TOOL
-        + f"""
-import multiprocessing
-
-def work(guard):
-    for order in range(30):
-        guard(charge, order)
-
-if __name__ == "__main__":
-    context = multiprocessing.get_context({method!r})
-    children = [context.Process(target=work, args=(guard,)) for _ in range(3)]
-    for child in children:
-        child.start()
-    work(guard)
-    for child in children:
-        child.join()
-        assert child.exitcode == 0
-"""
-    )
-
-    stage.start(script).ends_well()
-
-    assert {str(order): 1 for order in range(30)} == Counter(stage.effects())
-    assert {str(order): 1 for order in range(30)} == recorded(stage)
 
 
 def test_a_fork_behind_pythons_back_says_what_to_do(stage: Stage) -> None:

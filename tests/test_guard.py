@@ -16,17 +16,14 @@ import pytest
 
 import ledger
 from ledger import Guard, InProgress, LedgerError, MemoryStore, Outcome, Record, Status
+from tests.stores.kit import guard_on
 
 
 @pytest.fixture(params=["sqlite", "memory"])
 def guard(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Guard]:
     """A guard of its own on each of the built-in stores."""
-    if request.param == "memory":
-        yield Guard(store=MemoryStore(), quiet=True)
-        return
-    made = Guard(tmp_path / "ledger.db", quiet=True)
-    yield made
-    made.close()
+    with guard_on(request.param, tmp_path) as made:
+        yield made
 
 
 class Tool:

@@ -13,6 +13,7 @@ import pytest
 
 import ledger
 from ledger import Guard, MemoryStore, Record
+from tests.stores.kit import guard_on
 
 
 class CardError(Exception):
@@ -32,12 +33,8 @@ def stripe_charge(amount: int) -> None:
 @pytest.fixture(params=["sqlite", "memory"])
 def guard(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Guard]:
     """A guard of its own on each of the built-in stores, in its usual loudness."""
-    if request.param == "memory":
-        yield Guard(store=MemoryStore(), quiet=False)
-        return
-    made = Guard(tmp_path / "ledger.db", quiet=False)
-    yield made
-    made.close()
+    with guard_on(request.param, tmp_path, quiet=False) as made:
+        yield made
 
 
 def tell_a_story(guard: Guard) -> None:

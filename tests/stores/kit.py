@@ -1,12 +1,13 @@
 """What the tests of stores share: a clock that obeys, a store of six methods, and operations by name."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ledger
-from ledger import Claim, Clock, MemoryStore, Record, Run, SqliteStore, Store
+from ledger import Claim, Clock, Guard, MemoryStore, Record, Run, SqliteStore, Store
 
 SECOND = 1_000_000
 LEASE = 300 * SECOND
@@ -78,6 +79,18 @@ def open_store(kind: str, folder: Path, clock: Clock | None = None) -> Store:
     if kind == "sqlite":
         return SqliteStore(folder / "ledger.db", sync="off", clock=clock)
     return MemoryStore(clock=clock) if kind == "memory" else SixMethodStore(clock=clock)
+
+
+@contextmanager
+def guard_on(kind: str, folder: Path, *, quiet: bool = True) -> Iterator[Guard]:
+    """A guard on a built-in store of that kind, closed in the end."""
+    made = (
+        Guard(store=MemoryStore(), quiet=quiet)
+        if kind == "memory"
+        else Guard(folder / "ledger.db", quiet=quiet)
+    )
+    yield made
+    made.close()
 
 
 def claim(call: str = "c", **values: Any) -> Claim:
