@@ -2507,7 +2507,7 @@ class SqliteStore(Store):
     def transact(self, op: Op) -> Verdict:
         """Apply one operation in a transaction that may carry others; returns after its commit."""
         return cast(
-            "Verdict", self._submit(functools.partial(self._perform, op), durable=self._is_durable(op))
+            "Verdict", self.submit(functools.partial(self._perform, op), durable=self._is_durable(op))
         )
 
     def _is_durable(self, op: Op) -> bool:
@@ -2515,9 +2515,13 @@ class SqliteStore(Store):
             return not isinstance(op, Renew)
         return self.sync == "claim" and isinstance(op, Claim)
 
-    def _submit(
+    def submit(
         self, perform: Callable[[sqlite3.Connection], Any], *, durable: bool, patience: float = 0.0
     ) -> Any:
+        """Call `perform` inside a write transaction, which may carry others; returns after its commit.
+
+        `perform` may be called again when a neighbour fails; it must only execute statements.
+        """
         if self._leader == threading.get_ident():
             raise StoreError(
                 f"{self.path}: a signal handler called the guard in the midst of a transaction of its own "
@@ -2841,28 +2845,28 @@ class SqliteStore(Store):
         rows = self.rows(call)
         if rows:
             return self.describe(rows)
-        tallies = self._browse("SELECT * FROM tallies WHERE call = ?", call)
+        tallies = self.browse("SELECT * FROM tallies WHERE call = ?", (call,))
         return _record_of_tally(tallies[0]) if tallies else None
 
-    def _browse(self, sql: str, *values: Any) -> list[Any]:
-        """A longer query, beside the duplicates'."""
+    def browse(self, sql: str, values: Sequence[Any] | dict[str, Any] = ()) -> list[Any]:
+        """All rows of a longer query, on a connection that cannot write, beside the duplicates'."""
         nothing: list[Any] = []
         return self._read(nothing, lambda db: db.execute(sql, values).fetchall(), door=self._browser)
 
     def calls(self, tool: str | None = None, wf: str | None = None) -> Iterator[tuple[Record, list[Run]]]:
         """Every call with its runs, oldest first; no read transaction stays open between pages."""
         after = 0
-        while page := self._browse(
+        while page := self.browse(
             # a call stands where its first run stands
             "SELECT id, call FROM runs AS r WHERE id > ? AND (? IS NULL OR wf = ?) AND NOT EXISTS"
             " (SELECT 1 FROM runs AS e WHERE e.call = r.call AND e.run < r.run) ORDER BY id LIMIT 200",
-            after, wf, wf,
-        ):  # fmt: skip
+            (after, wf, wf),
+        ):
             for after, call in page:  # noqa: B007 - the last one is where the next page begins
                 rows = self.rows(call)
                 if rows and _is_named(rows[-1].tool, tool):
                     yield self.describe(rows), rows
-        for row in self._browse("SELECT * FROM tallies WHERE ? IS NULL OR wf = ? ORDER BY created", wf, wf):
+        for row in self.browse("SELECT * FROM tallies WHERE ? IS NULL OR wf = ? ORDER BY created", (wf, wf)):
             if _is_named(row[1], tool):
                 yield _record_of_tally(row), []
 
@@ -2871,7 +2875,7 @@ class SqliteStore(Store):
         self.flush_for_reading()
         names = ("seq", "call", "run", "kind", "at", "tool", "wf", "caller", "n", "detail")
         sql = f"SELECT {', '.join(names)} FROM events WHERE seq > ? ORDER BY seq LIMIT 500"
-        while page := self._browse(sql, after):
+        while page := self.browse(sql, (after,)):
             for row in page:
                 yield {**dict(zip(names, row, strict=True)), "at": _iso(row[4])}
             after = page[-1][0]
@@ -2911,8 +2915,8 @@ class SqliteStore(Store):
 
     def last_errors(self) -> dict[str, str | None]:
         """By tool, the error of its newest call whose latest run failed."""
-        errors = {tool: error for tool, error, _ in self._browse(_LAST_ERRORS)}
-        tallies = self._browse("SELECT tool, error FROM tallies WHERE error IS NOT NULL ORDER BY created")
+        errors = {tool: error for tool, error, _ in self.browse(_LAST_ERRORS)}
+        tallies = self.browse("SELECT tool, error FROM tallies WHERE error IS NOT NULL ORDER BY created")
         return {**errors, **dict(tallies)}
 
     # -- counting: buffered, no fsync --
@@ -2933,7 +2937,7 @@ class SqliteStore(Store):
             while self._counts:
                 taken.append(self._counts.popleft())
             if taken or self._unrolled >= 1000:
-                self._submit(lambda db: self._write_counts(db, taken), durable=False, patience=patience)
+                self.submit(lambda db: self._write_counts(db, taken), durable=False, patience=patience)
                 self._in_flight = []
                 self._unrolled = 0
 
@@ -2970,17 +2974,20 @@ class SqliteStore(Store):
 
     # -- housekeeping --
 
-    def reset(self, wf: str | None, asked: int) -> None:
-        """Forget every call of a workflow (None: of all) in one transaction; `InProgress` while one runs."""
-        self.flush()
-        self._submit(lambda db: self._reset_in(db, wf, asked), durable=self.sync != "off")
+    def reset(self, wf: str | None, asked: int, *, force: bool = False) -> None:
+        """Forget every call of a workflow (None: of all) in one transaction.
 
-    def _reset_in(self, db: sqlite3.Connection, wf: str | None, asked: int) -> None:
+        Raises `InProgress` while one runs; `force` forgets it too, and it may then run beside itself.
+        """
+        self.flush()
+        self.submit(lambda db: self._reset_in(db, wf, asked, force), durable=self.sync != "off")
+
+    def _reset_in(self, db: sqlite3.Connection, wf: str | None, asked: int, force: bool) -> None:
         scope = {"wf": wf, "asked": asked}
         live = f"SELECT {_COLUMNS} FROM runs WHERE status = 'running' AND (:wf IS NULL OR wf = :wf)"
         over = self._now_in(db).over
         for run in map(Run._make, db.execute(live, scope).fetchall()):
-            if not over(run):
+            if not force and not over(run):
                 raise _busy_reset(self.describe([run]))
         young = "SELECT call FROM runs WHERE started > :asked"
         self._forget(db, f"(:wf IS NULL OR wf = :wf) AND call NOT IN ({young})", scope)
@@ -3022,7 +3029,7 @@ class SqliteStore(Store):
             db.execute("INSERT OR REPLACE INTO meta VALUES ('checked', ?)", (self.clock.wall(),))
             return str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
 
-        found = self._submit(probe, durable=True)
+        found = self.submit(probe, durable=True)
         if found != "ok":
             raise StoreError(f"{self.path} is damaged ({found}); restore a backup, do not delete it")
         return {"store": self.path, "ok": True, "schema": _SCHEMA_VERSION, "sync": self.sync}

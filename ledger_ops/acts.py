@@ -1,0 +1,118 @@
+"""What a person decides about a call: retry it, resolve its doubt, clear a scope. Each leaves an event."""
+
+from __future__ import annotations
+
+import getpass
+import os
+
+import ledger
+from ledger import InProgress, Record, Run, SqliteStore, Store, UsageError
+from ledger_ops.reader import NoSuchCall
+from ledger_ops.values import clock, state_of
+
+
+def who() -> str:
+    """Who acts, for the event: the name of the person's account and of the machine."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # an account without a name, as in some containers
+        name = f"uid {os.getuid()}"
+    return f"{name}@{os.uname().nodename}"
+
+
+def retry(store: Store, call: str, *, actor: str, note: str = "") -> Record:
+    """Release a call: the next identical one runs. Returns the call as it stands then.
+
+    Raises `InProgress` while a run is alive, `NoSuchCall`, and `UsageError` if it would run anyway.
+    """
+    rows = _rows(store, call)
+    last = rows[-1]
+    # The tool's max= is not in the ledger. Exactly one success must go: the last one, or, where a
+    # forced run failed after it, the newest before.
+    earlier = sum(run.succeeded_since(-1) for run in rows[:-1])
+    if not any(run.succeeded_since(-1) for run in rows) and last.status in ("failed", "suspended"):
+        raise UsageError(
+            f"call {call} was not released: its latest run {last.status}, so it runs again anyway"
+        )
+    op = ledger.Release(
+        call, ledger.new_token(), last.run, last.owner, max(earlier, 1), None, _why("retry", actor, note)
+    )
+    return _judged(store, op, "released")
+
+
+def resolve(
+    store: Store, call: str, *, done: bool, actor: str, note: str = "", result_json: str | None = None
+) -> Record:
+    """Settle a call that is in doubt: its effect happened, or it did not. Returns the call as it stands then.
+
+    Raises `InProgress` while a run is alive, `NoSuchCall`, and `UsageError` if nothing is in doubt.
+    """
+    if result_json is not None:
+        if not done:
+            raise UsageError("what was not done has no result; give a result with --done only")
+        ledger._restore(result_json)
+    last = _rows(store, call)[-1]
+    why = _why("mark done" if done else "mark not done", actor, note)
+    op = ledger.Resolve(
+        call, ledger.new_token(), last.run, last.owner, done, result_json, reconciled=False, why=why
+    )
+    return _judged(store, op, "resolved")
+
+
+def clear(store: SqliteStore, wf: str | None = None, *, force: bool = False) -> int:
+    """Forget the calls of a workflow (None: of all) and say how many; each could run again.
+
+    Raises `InProgress`, naming the owners, while runs are alive there, unless `force`.
+    """
+    if not force and (alive := alive_in(store, wf)):
+        owners = ", ".join(f"{r.short} (call {r.call[:12]}) in {r.holder}" for r in alive[:5])
+        more = f" and {len(alive) - 5} more" if len(alive) > 5 else ""
+        raise InProgress(
+            f"nothing was cleared: still running: {owners}{more}; wait for them, stop them, or use --force",
+            alive[0],
+        )
+    where = "WHERE :wf IS NULL OR wf = :wf"
+    scope = {"wf": wf}
+    found = store.browse(f"SELECT COUNT(DISTINCT call) FROM runs {where}", scope)[0][0]
+    found += store.browse(f"SELECT COUNT(*) FROM tallies {where}", scope)[0][0]
+    store.reset(wf, store.clock.wall(), force=force)
+    return int(found)
+
+
+def alive_in(store: SqliteStore, wf: str | None) -> list[Record]:
+    """Calls of a workflow (None: of all) whose latest run is alive."""
+    columns = ", ".join(Run._fields)
+    sql = (
+        f"SELECT {columns} FROM runs WHERE status = 'running' AND (:wf IS NULL OR wf = :wf) ORDER BY started"
+    )
+    records = (store.describe([Run._make(row)]) for row in store.browse(sql, {"wf": wf}))
+    return [record for record in records if not record.in_doubt]
+
+
+def _rows(store: Store, call: str) -> list[Run]:
+    rows = store.rows(call)
+    if not rows:
+        raise NoSuchCall(f"call {call} is not in the ledger, or its tool is unlimited and is never blocked")
+    return rows
+
+
+def _why(what: str, actor: str, note: str) -> str:
+    return f"{what} by {actor}" + (f": {note}" if note else "")
+
+
+def _judged(store: Store, op: ledger.Release | ledger.Resolve, wanted: str) -> Record:
+    verdict = store.transact(op)
+    record = store.describe(_rows(store, op.call))
+    if verdict.kind == "live":
+        raise InProgress(
+            f"{record.short} was not {wanted}: run {record.run} of call {record.call} is running in "
+            f"{record.holder} since {clock(record.started)}; wait for it, or stop that process",
+            record,
+        )
+    if verdict.kind != wanted:
+        raise UsageError(
+            f"{record.short}: nothing was {wanted}: run {record.run} of call {record.call} is "
+            f"{state_of(record)}; look again with `ledger inspect {record.call[:12]}`",
+            record,
+        )
+    return record

@@ -1,0 +1,452 @@
+"""Looking at a ledger: pages of calls, one call, events, sums. Nothing here writes or creates a file."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ledger
+from ledger import Record, Run, SqliteStore, Status, StoreError, UsageError
+from ledger_ops.values import Detail, Event, Filter, Gap, Page, Stats, Sums, clock, decode, state_of
+
+_COLUMNS = ", ".join(f"r.{name}" for name in Run._fields)
+_EVENT_COLUMNS = "seq, call, run, kind, at, tool, wf, caller, n, detail"
+#: a call stands where its latest run stands
+_LATEST = "NOT EXISTS (SELECT 1 FROM runs AS l WHERE l.call = r.call AND l.run > r.run)"
+_FIRST = "(r.run = 1 OR NOT EXISTS (SELECT 1 FROM runs AS f WHERE f.call = r.call AND f.run < r.run))"
+_FIRST_WINDOW, _LAST_WINDOW = 5_000, 80_000
+#: how far the clocks of two writers may differ before a timeline misses an event
+_CLOCK_SLACK = 3_600_000_000
+
+
+class NoLedger(StoreError):
+    """There is no ledger at that path."""
+
+
+class NoSuchCall(UsageError):
+    """No call has that fingerprint, or several begin with it."""
+
+
+def open_store(url: str | os.PathLike[str] | None = None) -> SqliteStore:
+    """The ledger of a path or URL (None: LEDGER_DB, else ./ledger.db), which must exist.
+
+    Raises `NoLedger`, and `StoreError` or `UsageError` for what cannot be read as a ledger.
+    """
+    text = os.fspath(url) if url is not None else os.environ.get("LEDGER_DB") or "ledger.db"
+    scheme, found, rest = text.partition("://")
+    if found and scheme != "sqlite":
+        hint = (
+            "memory:// lives in its own process"
+            if scheme == "memory"
+            else f"there is no store for {scheme}://"
+        )
+        raise UsageError(f"{text} cannot be opened: {hint}; name a path or sqlite:///path")
+    path = Path(rest.removeprefix("/") if found else text).absolute()
+    refuse_missing(path)
+    store = SqliteStore(path)
+    store.quiet = True
+    store.browse("SELECT 1 FROM runs LIMIT 1")
+    if not store.browse("PRAGMA application_id"):
+        raise NoLedger(f"{path} is empty: no guarded tool has run with it yet; run one, or name another file")
+    return store
+
+
+def refuse_missing(path: Path) -> None:
+    """Raise `NoLedger` unless there is a file: looking never makes one."""
+    if path.is_dir():
+        raise NoLedger(f"{path} is a folder, not a ledger; name the file in it, such as {path}/ledger.db")
+    if not path.exists():
+        raise NoLedger(
+            f"there is no ledger at {path}; name the file (or set LEDGER_DB), or run a guarded tool first"
+        )
+
+
+class Reader:
+    """What there is to see in one ledger. Reads are short: none holds a transaction open between them."""
+
+    def __init__(self, store: SqliteStore) -> None:
+        self.store = store
+
+    # -- calls --
+
+    def calls(
+        self,
+        wanted: Filter = Filter(),  # noqa: B008 - frozen
+        *,
+        limit: int = 100,
+        cursor: str | None = None,
+        seconds: float | None = None,
+    ) -> Page:
+        """A page of calls, the newest run first, after them the calls of unlimited tools.
+
+        `cursor` is that of the page before. `seconds` bounds the time: the page may then be
+        short, `complete` False, and its cursor goes on where the search got to.
+        Raises `UsageError` for a cursor that is none.
+        """
+        kind, place = _cursor(cursor)
+        if kind == "t":
+            return self._tally_page([], wanted, limit, place, complete=True)
+        deadline = None if seconds is None else time.monotonic() + seconds
+        before = int(place) if place else self._newest_id() + 1
+        records: list[Record] = []
+        window, reached = _FIRST_WINDOW, None
+        while before > 1:
+            floor = max(before - window, 1)
+            for row_id, run in self._window(wanted, floor, before, limit - len(records)):
+                record = self._describe(run)
+                if wanted.status is None or state_of(record) == wanted.status:
+                    records.append(record)
+                before = row_id
+                reached = run.started
+            if len(records) >= limit:
+                return Page(records, f"r{before}", reached=reached)
+            before = self._next_window(wanted, floor, before, len(records))
+            if before > 1 and deadline is not None and time.monotonic() > deadline:
+                return Page(records, f"r{before}", complete=False, reached=self._started_at(before))
+            window = min(window * 2, _LAST_WINDOW)
+        return self._tally_page(records, wanted, limit - len(records), "", complete=True)
+
+    def stream(self, wanted: Filter = Filter()) -> Iterator[Record]:  # noqa: B008 - frozen
+        """Every wanted call, newest first, in constant memory."""
+        page = self.calls(wanted, limit=500)
+        yield from page.records
+        while page.cursor is not None:
+            page = self.calls(wanted, limit=500, cursor=page.cursor)
+            yield from page.records
+
+    def count(self, wanted: Filter = Filter()) -> int:  # noqa: B008 - frozen
+        """How many calls are wanted."""
+        if not wanted.narrows:
+            return self.stats().total.actions
+        if wanted.status in ("running", "in_doubt"):
+            return sum(1 for _ in self.stream(wanted))
+        where, values = _conditions(wanted)
+        # all runs of a call share its tool and workflow, so its first one stands for it at less cost
+        same = wanted == Filter(tool=wanted.tool, wf=wanted.wf)
+        one = _FIRST if same else _LATEST
+        found = self.store.browse(f"SELECT COUNT(*) FROM runs AS r WHERE {one}{where}", values)[0][0]
+        tally_where, tally_values = _tally_conditions(wanted)
+        return int(found) + int(
+            self.store.browse(f"SELECT COUNT(*) FROM tallies WHERE {tally_where}", tally_values)[0][0]
+        )
+
+    def find(self, prefix: str) -> str:
+        """The one fingerprint that begins so; raises `NoSuchCall`."""
+        text = prefix.strip().lower()
+        if not text or any(c not in "0123456789abcdef" for c in text):
+            raise NoSuchCall(
+                f"{prefix!r} is no fingerprint: it has digits and a to f; `ledger show` lists them"
+            )
+        bounds = (text, text + "g")
+        found: list[str] = []
+        for table in ("runs", "tallies"):
+            sql = f"SELECT DISTINCT call FROM {table} WHERE call >= ? AND call < ? LIMIT 5"
+            found += [row[0] for row in self.store.browse(sql, bounds)]
+        if not found:
+            raise NoSuchCall(f"no call begins with {text}; `ledger show` lists them")
+        if len(found) > 1:
+            shown = ", ".join(call[: len(text) + 6] for call in sorted(found)[:4])
+            raise NoSuchCall(f"several calls begin with {text}: {shown} …; give more of it")
+        return found[0]
+
+    def call(self, prefix: str, *, seconds: float | None = None) -> Detail:
+        """All that is known of one call, by its fingerprint or a unique beginning; raises `NoSuchCall`."""
+        call = self.find(prefix)
+        record = self.store.look(call)
+        if record is None:  # reset a moment ago
+            raise NoSuchCall(f"no call begins with {prefix}; `ledger show` lists them")
+        runs = self.store.rows(call)
+        events, complete = self._events_of(record, seconds)
+        return Detail(record, runs, events, self.verdict(record, runs), complete)
+
+    def record(self, call: str) -> Record | None:
+        """One call by its whole fingerprint; None if it was never made."""
+        return self.store.look(call)
+
+    def verdict(self, record: Record, runs: Sequence[Run]) -> str:
+        """What the next identical call would get, as far as the ledger tells: policies live in the program."""
+        if not runs:
+            return "would run: its tool is unlimited, its calls are counted and never blocked"
+        latest = runs[-1]
+        if record.status is Status.RUNNING and not record.in_doubt:
+            return (
+                f"would be blocked: run {latest.run} is running in {record.holder} since {clock(latest.started)} "
+                "(with replay=True it waits)"
+            )
+        counted = [run for run in runs if run.succeeded_since(-1)]
+        if counted:
+            won = counted[-1]
+            ended = won.ended if won.status == "success" else won.late_at
+            return (
+                f"would be blocked: run {won.run} succeeded at {clock(ended or won.started)} "
+                "(unless its policy has a larger max=, or a ttl= that is over)"
+            )
+        if record.released:
+            return f"would run: run {latest.run} was released"
+        if state_of(record) == "in_doubt":
+            return (
+                f"would run again, because run {latest.run} ended without a known outcome; with "
+                'irreversible=True or on_doubt="block" it raises InDoubt until somebody resolves it'
+            )
+        ended_as = {"failed": "failed", "suspended": "suspended itself"}.get(latest.status, latest.status)
+        return f"would run: run {latest.run} {ended_as}"
+
+    def doubts(
+        self,
+        wanted: Filter = Filter(),  # noqa: B008 - frozen
+        *,
+        limit: int | None = None,
+    ) -> list[Record]:
+        """Calls that wait for a person, oldest first: in doubt and not released, or their owner is over."""
+        where, values = _conditions(wanted)
+        doubtful = (
+            f"SELECT {_COLUMNS} FROM runs AS r INDEXED BY open_ends WHERE r.status <> 'running' AND"
+            f" r.status <> 'success' AND r.status = 'doubt' AND NOT r.released AND {_LATEST}{where}"
+        )
+        running = f"SELECT {_COLUMNS} FROM runs AS r WHERE r.status = 'running'{where}"
+        rows = self.store.browse(doubtful, values) + self.store.browse(running, values)
+        records = (self._describe(run) for run in sorted(map(Run._make, rows), key=lambda run: run.started))
+        found = [record for record in records if record.in_doubt and state_of(record) == "in_doubt"]
+        return found[:limit]
+
+    def running(self) -> list[Record]:
+        """Calls whose latest run is alive, oldest first."""
+        sql = f"SELECT {_COLUMNS} FROM runs AS r WHERE r.status = 'running' ORDER BY r.started"
+        records = map(self._describe, map(Run._make, self.store.browse(sql)))
+        return [record for record in records if not record.in_doubt]
+
+    # -- events --
+
+    def events(
+        self,
+        after: int = 0,
+        wanted: Filter = Filter(),  # noqa: B008 - frozen
+        *,
+        limit: int = 500,
+    ) -> list[Event]:
+        """What happened after that sequence number, oldest first; read by sequence, never the whole table."""
+        where, values = _event_conditions(wanted)
+        sql = f"SELECT {_EVENT_COLUMNS} FROM events WHERE seq > :after{where} ORDER BY seq LIMIT :limit"
+        rows = self.store.browse(sql, {**values, "after": after, "limit": limit})
+        return [Event(*row) for row in rows]
+
+    def last_events(
+        self,
+        limit: int,
+        wanted: Filter = Filter(),  # noqa: B008 - frozen
+    ) -> list[Event]:
+        """The newest events, oldest first."""
+        where, values = _event_conditions(wanted)
+        sql = f"SELECT {_EVENT_COLUMNS} FROM events WHERE 1{where} ORDER BY seq DESC LIMIT :limit"
+        return [Event(*row) for row in reversed(self.store.browse(sql, {**values, "limit": limit}))]
+
+    def last_seq(self) -> int:
+        """The number of the newest event, 0 if there is none."""
+        return int(self.store.browse("SELECT COALESCE(MAX(seq), 0) FROM events")[0][0])
+
+    def _events_of(self, record: Record, seconds: float | None) -> tuple[list[Event], bool]:
+        """The events of one call: there is no index for them, their time says where to look."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        after = self._seq_at(record.created - _CLOCK_SLACK) - 1
+        last = self.last_seq()
+        found: list[Event] = []
+        while after < last:
+            upto = min(after + _LAST_WINDOW, last)
+            sql = f"SELECT {_EVENT_COLUMNS} FROM events WHERE seq > ? AND seq <= ? AND call = ? ORDER BY seq"
+            found += [Event(*row) for row in self.store.browse(sql, (after, upto, record.call))]
+            after = upto
+            if after < last and deadline is not None and time.monotonic() > deadline:
+                return found, False
+        return found, True
+
+    def _seq_at(self, moment: int) -> int:
+        """About the first event at or after that time, by bisection: numbers follow time but for clock steps."""
+        # one subquery each: together in one SELECT they would scan the table
+        low, high = self.store.browse("SELECT (SELECT MIN(seq) FROM events), (SELECT MAX(seq) FROM events)")[
+            0
+        ]
+        low, high = low or 1, high or 0
+        while low < high:
+            middle = (low + high) // 2
+            row = self.store.browse(
+                "SELECT seq, at FROM events WHERE seq >= ? ORDER BY seq LIMIT 1", (middle,)
+            )
+            if row and row[0][1] < moment:
+                low = row[0][0] + 1
+            else:
+                high = middle
+        return int(low)
+
+    # -- sums --
+
+    def stats(self, wanted: Filter = Filter()) -> Stats:  # noqa: B008 - frozen
+        """Sums of all calls, or of the runs that are wanted (by when they started), and by tool."""
+        if not wanted.narrows:
+            return _stats({tool: Sums(**sums) for tool, sums in self.store.totals().items()})
+        where, values = _conditions(wanted)
+        tools: dict[str, Sums] = {}
+        sql = (
+            f"SELECT r.tool, SUM(CASE WHEN r.run = 1 THEN 1 ELSE {_FIRST} END), COUNT(*),"
+            " SUM(r.status = 'success' OR r.late IS 'success'), SUM(r.blocked)"
+            f" FROM runs AS r WHERE 1{where} GROUP BY r.tool"
+        )
+        for tool, actions, claims, executed, blocked in self.store.browse(sql, values):
+            tools[tool] = Sums(actions, claims + blocked, executed, blocked)
+        self._add_ends(tools, where, values)
+        tally_where, tally_values = _tally_conditions(wanted)
+        sql = (
+            "SELECT tool, COUNT(*), SUM(ran + raised), SUM(ran) FROM tallies"
+            f" WHERE {tally_where} GROUP BY tool"
+        )
+        for tool, actions, attempts, executed in self.store.browse(sql, tally_values):
+            tools.setdefault(tool, Sums()).add(Sums(actions, attempts, executed))
+        return _stats(tools)
+
+    def _add_ends(self, tools: dict[str, Sums], where: str, values: dict[str, Any]) -> None:
+        """What needs a look at the latest run: few rows, found by their own index."""
+        sql = (
+            "SELECT r.tool, r.status, COUNT(*) FROM runs AS r INDEXED BY open_ends WHERE r.status <> 'running'"
+            " AND r.status <> 'success' AND (r.status <> 'doubt' OR NOT r.released AND r.late IS NOT 'success')"
+            f" AND {_LATEST}{where} GROUP BY r.tool, r.status"
+        )
+        for tool, status, n in self.store.browse(sql, values):
+            name = "in_doubt" if status == "doubt" else status
+            tools.setdefault(tool, Sums()).add(Sums(**{name: n}))
+        running = f"SELECT {_COLUMNS} FROM runs AS r WHERE r.status = 'running'{where}"
+        for run in map(Run._make, self.store.browse(running, values)):
+            name = "in_doubt" if self.store.is_over(run) else "running"
+            tools.setdefault(run.tool, Sums()).add(Sums(**{name: 1}))
+
+    def tools(self) -> list[str]:
+        """Full names of all tools that were called."""
+        return sorted(self.store.totals())
+
+    def gaps(self) -> list[Gap]:
+        """Spans of time whose calls are unknown here, because the ledger was restored from a backup."""
+        rows = self.store.browse("SELECT value FROM meta WHERE name = 'gaps'")
+        return [Gap(*pair) for pair in decode(rows[0][0]) or ()] if rows else []
+
+    # -- parts --
+
+    def _newest_id(self) -> int:
+        return int(self.store.browse("SELECT COALESCE(MAX(id), 0) FROM runs")[0][0])
+
+    def _window(self, wanted: Filter, floor: int, before: int, limit: int) -> list[tuple[int, Run]]:
+        where, values = _conditions(wanted)
+        sql = (
+            f"SELECT r.id, {_COLUMNS} FROM runs AS r WHERE r.id >= :floor AND r.id < :before"
+            f"{where} AND {_LATEST} ORDER BY r.id DESC LIMIT :limit"
+        )
+        rows = self.store.browse(sql, {**values, "floor": floor, "before": before, "limit": limit})
+        return [(row[0], Run._make(row[1:])) for row in rows]
+
+    def _next_window(self, wanted: Filter, floor: int, before: int, found: int) -> int:
+        """Where to look next; a status that SQL cannot judge may have filled a window with others."""
+        unjudged = wanted.status in ("running", "in_doubt") and found == 0
+        return before if unjudged and self._window(wanted, floor, before, 1) else floor
+
+    def _started_at(self, before: int) -> int | None:
+        rows = self.store.browse("SELECT started FROM runs WHERE id >= ? ORDER BY id LIMIT 1", (before,))
+        return rows[0][0] if rows else None
+
+    def _describe(self, run: Run) -> Record:
+        return self.store.describe([run] if run.run == 1 else self.store.rows(run.call) or [run])
+
+    def _tally_page(
+        self, records: list[Record], wanted: Filter, limit: int, after: str, *, complete: bool
+    ) -> Page:
+        where, values = _tally_conditions(wanted)
+        sql = f"SELECT * FROM tallies WHERE {where} AND call > :after ORDER BY call LIMIT :limit"
+        rows = self.store.browse(sql, {**values, "after": after, "limit": limit})
+        found = [ledger._record_of_tally(row) for row in rows]
+        cursor = f"t{found[-1].call}" if found and len(found) == limit else None
+        return Page(records + found, cursor, complete)
+
+
+def _cursor(cursor: str | None) -> tuple[str, str]:
+    if cursor is None:
+        return "r", ""
+    kind, place = cursor[:1], cursor[1:]
+    if (kind == "r" and place.isdecimal() and len(place) < 19) or (kind == "t" and place.isalnum()):
+        return kind, place
+    raise UsageError(f"{cursor!r} is no cursor; take the one that the page before gave")
+
+
+def _stats(tools: dict[str, Sums]) -> Stats:
+    total = Sums()
+    for sums in tools.values():
+        total.add(sums)
+    return Stats(total, dict(sorted(tools.items())))
+
+
+# -- the conditions of a filter: SQL that narrows, and its values --
+
+
+def _conditions(wanted: Filter, r: str = "r.") -> tuple[str, dict[str, Any]]:
+    parts, values = _common(wanted, r)
+    if wanted.since is not None:
+        parts.append(f"{r}started >= :since")
+    if wanted.until is not None:
+        parts.append(f"{r}started < :until")
+    if wanted.status in ("running", "in_doubt"):
+        parts.append(f"({r}status = 'running' OR {r}status = 'doubt')")
+    elif wanted.status is not None:
+        parts.append(f"{r}status = :status")
+        values["status"] = wanted.status
+    if wanted.search:
+        columns = ("tool", "args", "key", "result", "error")
+        parts.append("(" + " OR ".join(f"{r}{name} LIKE :search ESCAPE '\\'" for name in columns) + ")")
+    return "".join(f" AND {part}" for part in parts), values
+
+
+def _event_conditions(wanted: Filter) -> tuple[str, dict[str, Any]]:
+    parts, values = _common(wanted, "")
+    if wanted.since is not None:
+        parts.append("at >= :since")
+    if wanted.until is not None:
+        parts.append("at < :until")
+    if wanted.status is not None:
+        values["status"] = {"in_doubt": "doubt", "running": "claimed"}.get(wanted.status, wanted.status)
+        parts.append("kind = :status")
+    if wanted.search:
+        parts.append("(tool LIKE :search ESCAPE '\\' OR detail LIKE :search ESCAPE '\\')")
+    return "".join(f" AND {part}" for part in parts), values
+
+
+def _tally_conditions(wanted: Filter) -> tuple[str, dict[str, Any]]:
+    parts, values = _common(wanted, "")
+    if wanted.since is not None:
+        parts.append("touched >= :since")
+    if wanted.until is not None:
+        parts.append("created < :until")
+    if wanted.status is not None:
+        parts.append({"success": "error IS NULL", "failed": "error IS NOT NULL"}.get(wanted.status, "0"))
+    if wanted.search:
+        columns = ("tool", "args", "error")
+        parts.append("(" + " OR ".join(f"{name} LIKE :search ESCAPE '\\'" for name in columns) + ")")
+    return " AND ".join(parts) or "1", values
+
+
+def _common(wanted: Filter, r: str) -> tuple[list[str], dict[str, Any]]:
+    parts: list[str] = []
+    values: dict[str, Any] = {}
+    for name in ("wf", "caller"):
+        if getattr(wanted, name) is not None:
+            parts.append(f"{r}{name} = :{name}")
+            values[name] = getattr(wanted, name)
+    if wanted.tool is not None:  # the full name, or what follows its last dot
+        parts.append(
+            f"({r}tool = :tool OR substr({r}tool, -length(:dotted)) = :dotted OR"
+            f" instr({r}tool, :dotted || '#') > 0)"
+        )
+        values |= {"tool": wanted.tool, "dotted": f".{wanted.tool}"}
+    for name in ("since", "until"):
+        if getattr(wanted, name) is not None:
+            values[name] = getattr(wanted, name)
+    if wanted.search:
+        escaped = wanted.search.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+        values["search"] = f"%{escaped}%"
+    return parts, values
