@@ -27,15 +27,21 @@ def retry(store: Store, call: str, *, actor: str, note: str = "") -> Record:
     """
     rows = _rows(store, call)
     last = rows[-1]
-    # The tool's max= is not in the ledger. Exactly one success must go: the last one, or, where a
-    # forced run failed after it, the newest before.
-    earlier = sum(run.succeeded_since(-1) for run in rows[:-1])
-    if not any(run.succeeded_since(-1) for run in rows) and last.status in ("failed", "suspended"):
+    counted = sum(run.succeeded_since(-1) for run in rows)
+    if not counted and last.status in ("failed", "suspended"):
         raise UsageError(
             f"call {call} was not released: its latest run {last.status}, so it runs again anyway"
         )
+    # The tool's max= is not in the ledger, so as many are kept as leave room for one: the last success
+    # goes, or, where a forced run failed after it, the newest before
     op = ledger.Release(
-        call, ledger.new_token(), last.run, last.owner, max(earlier, 1), None, _why("retry", actor, note)
+        call,
+        ledger.new_token(),
+        last.run,
+        last.owner,
+        max=max(counted, 1),
+        ttl=None,
+        why=_why("retry", actor, note),
     )
     return _judged(store, op, "released")
 

@@ -1,0 +1,155 @@
+"""The application: one factory, its state on the app, all routes in one list at the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from ledger import InProgress, LedgerError, StoreError, UsageError
+from ledger_ops.acts import who
+from ledger_ops.reader import NoLedger, NoSuchCall
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from ledger_dashboard import api, live, metrics, pages
+from ledger_dashboard.render import refusal
+from ledger_dashboard.security import LOOPBACK, Keys, Shield, add_headers
+from ledger_dashboard.source import Source
+
+
+class Desk:
+    """What one app keeps: its ledger, its keys, the reader of events, who acts."""
+
+    def __init__(self, url: str | None, keys: Keys, *, read_only: bool) -> None:
+        self.source = Source(url)
+        self.keys = keys
+        self.poller = live.Poller(self.source)
+        self.read_only = read_only
+        self.actor = f"{who()} (dashboard)"
+
+
+class Assets(StaticFiles):
+    """Static files, looked at again each time: an upgrade must not meet an old script."""
+
+    def file_response(
+        self, full_path: str | os.PathLike[str], stat_result: os.stat_result, scope: Scope, status_code: int = 200
+    ) -> Response:
+        """A file, or that it has not changed."""
+        answer = super().file_response(full_path, stat_result, scope, status_code)
+        answer.headers["Cache-Control"] = "no-cache"
+        return answer
+
+
+def create_app(
+    store_url: str | os.PathLike[str] | None,
+    *,
+    read_only: bool = False,
+    token: str | None = None,
+    allowed_hosts: Iterable[str] = LOOPBACK,
+) -> Starlette:
+    """An ASGI application that shows the ledger at a path or URL; it can be mounted inside another.
+
+    It answers to `allowed_hosts` (with the port that was bound; a name of its own for a proxy's) and, if
+    there is a `token`, to those who know it. The ledger is opened when the first request comes.
+    """
+    if token is not None and not token.strip():
+        raise UsageError("the token is empty, so anybody would know it; give a long random one")
+    keys = Keys(token)
+    desk = Desk(None if store_url is None else os.fspath(store_url), keys, read_only=read_only)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:  # noqa: ARG001 - Starlette's signature
+        yield
+        desk.source.close()
+
+    app = Starlette(
+        routes=ROUTES,
+        middleware=[Middleware(Shield, keys=keys, hosts=tuple(allowed_hosts), read_only=read_only)],
+        exception_handlers={
+            LedgerError: _ledger_error,
+            HTTPException: _http_error,
+            Exception: _unexpected,
+        },
+        lifespan=lifespan,
+    )
+    app.state.desk = desk
+    return app
+
+
+# -- errors: what happened, and what to do next --
+
+
+async def _ledger_error(request: Request, error: Exception) -> Response:
+    what, _, advice = str(error).partition("; ")
+    if isinstance(error, NoSuchCall):
+        return refusal(request, 404, what, "Look for it in the list of calls.")
+    if isinstance(error, StoreError):
+        advice = advice or "See that the file is where it was."
+        if not isinstance(error, NoLedger):
+            advice = str(error).rpartition("; ")[2] or advice
+        return refusal(
+            request, 503, what, f"{advice[:1].upper()}{advice[1:]}. This page looks again by itself."
+        )
+    if isinstance(error, InProgress):
+        return refusal(request, 409, what, advice or "Wait for the run to end.")
+    acting = request.method not in ("GET", "HEAD")
+    return refusal(request, 409 if acting else 400, what, advice or "Change what was asked for.")
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for nothing else
+    what = {404: "there is no such page", 405: "this address does not take that method"}.get(
+        error.status_code, error.detail
+    )
+    advice = {404: "Go to the overview.", 405: "See /api/openapi.json."}.get(
+        error.status_code, "Change what was sent."
+    )
+    answer = refusal(request, error.status_code, what, advice)
+    for name, value in (error.headers or {}).items():
+        answer.headers[name] = value
+    return answer
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:  # noqa: ARG001 - the server logs it
+    answer = refusal(
+        request, 500, "something went wrong in the dashboard",
+        "Its log says what. The ledger itself and the guarded tools are not touched by this.",
+    )  # fmt: skip
+    add_headers(answer.headers)  # it is made outside of the shield
+    return answer
+
+
+_get = ["GET"]
+_post = ["POST"]
+
+#: the routes that change state; a read-only app refuses them
+CHANGING = ("/api/calls/{call}/retry", "/api/calls/{call}/resolve")
+
+ROUTES: list[BaseRoute] = [
+    Route("/", pages.get_overview, methods=_get, name="overview"),
+    Route("/calls", pages.get_calls, methods=_get, name="calls"),
+    Route("/calls/{call}", pages.get_call, methods=_get, name="call"),
+    Route("/live", pages.get_live, methods=_get, name="live"),
+    Route("/doubts", pages.get_doubts, methods=_get, name="doubts"),
+    Route("/health", metrics.get_health, methods=_get, name="health"),
+    Route("/metrics", metrics.get_metrics, methods=_get, name="metrics"),
+    Route("/api/openapi.json", api.get_openapi, methods=_get, name="api_openapi"),
+    Route("/api/overview", api.get_overview, methods=_get, name="api_overview"),
+    Route("/api/calls", api.get_calls, methods=_get, name="api_calls"),
+    Route("/api/calls.csv", api.get_csv, methods=_get, name="api_csv"),
+    Route("/api/calls/{call}", api.get_call, methods=_get, name="api_call"),
+    Route("/api/events", api.get_events, methods=_get, name="api_events"),
+    Route("/api/doubts", api.get_doubts, methods=_get, name="api_doubts"),
+    Route("/api/stream", live.stream, methods=_get, name="api_stream"),
+    Route(CHANGING[0], api.retry, methods=_post, name="api_retry"),
+    Route(CHANGING[1], api.resolve, methods=_post, name="api_resolve"),
+    Mount("/static", Assets(directory=Path(__file__).with_name("static")), name="static"),
+]

@@ -1,0 +1,164 @@
+"""Events as they happen: one task reads them for all open pages, while there are any."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import contextmanager
+from typing import Any
+
+from ledger import LedgerError
+from ledger_ops.values import Event, Filter
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ledger_dashboard.query import count_of, filter_of
+from ledger_dashboard.render import short_names
+from ledger_dashboard.source import Opened, Source
+
+POLL_SECONDS = 0.5
+#: events of one message, and messages that wait for a slow page
+_BATCH, _WAITING = 500, 64
+_RETRY_MILLISECONDS = 2_000
+_PING_SECONDS = 15
+
+#: (kind of message, events, number of the newest event)
+Message = tuple[str, list[Event], int]
+
+
+class Listener:
+    """One open page: what waits to be sent to it. A page that is too slow is told that it missed some."""
+
+    def __init__(self) -> None:
+        self.waiting: asyncio.Queue[Message] = asyncio.Queue(_WAITING)
+
+    def tell(self, message: Message) -> None:
+        """Hand over a message, without waiting."""
+        if self.waiting.full():
+            while not self.waiting.empty():
+                self.waiting.get_nowait()
+            message = ("missed", [], message[2])
+        self.waiting.put_nowait(message)
+
+
+class Poller:
+    """Reads new events for every listener at once, by their number; asleep while nobody listens."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._listeners: set[Listener] = set()
+        self._task: asyncio.Task[None] | None = None
+        self._opened: Opened | None = None
+        self._seq = 0
+
+    @contextmanager
+    def listen(self, seq: int) -> Any:
+        """A listener to what comes after the event with that number, as far as the poller has not read on."""
+        listener = Listener()
+        if self._task is None or self._task.done():
+            self._seq = seq
+            self._task = asyncio.create_task(self._poll(), name="ledger-poller")
+        self._listeners.add(listener)
+        try:
+            yield listener, self._seq
+        finally:
+            self._listeners.discard(listener)
+            if not self._listeners and self._task is not None:
+                self._task.cancel()
+                self._task = None
+
+    async def _poll(self) -> None:
+        here = True
+        while True:
+            try:
+                opened, events = await run_in_threadpool(self._read)
+            except LedgerError:
+                if here:
+                    self._tell(("gone", [], 0))
+                here, self._opened = False, None
+            else:
+                changed = opened is not self._opened
+                if changed and (self._opened is not None or not here):  # another file: numbers begin anew
+                    self._seq = await run_in_threadpool(opened.reader.last_seq)
+                    self._tell(("back", [], self._seq))
+                    events = []
+                here, self._opened = True, opened
+                if events:
+                    self._seq = events[-1].seq
+                    self._tell(("events", events, self._seq))
+                    continue  # the next ones may wait already
+            await asyncio.sleep(POLL_SECONDS)
+
+    def _read(self) -> tuple[Opened, list[Event]]:
+        opened = self._source.opened()
+        if opened is not self._opened and self._opened is not None:
+            return opened, []
+        reader = opened.reader
+        return opened, reader.events(self._seq, limit=_BATCH) if reader.last_seq() > self._seq else []
+
+    def _tell(self, message: Message) -> None:
+        for listener in self._listeners:
+            listener.tell(message)
+
+
+async def stream(request: Request) -> Response:
+    """Server-sent events: what happened after `after` (or Last-Event-ID), then all as it happens."""
+    source: Source = request.app.state.desk.source
+    poller: Poller = request.app.state.desk.poller
+    wanted = filter_of(request)
+    newest = await run_in_threadpool(lambda: source.opened().reader.last_seq())
+    after = count_of(request, "after", newest, 2**63 - 1)
+    last_id = request.headers.get("last-event-id", "")
+    if last_id.isdecimal():  # the browser connects again by itself
+        after = min(int(last_id), 2**63 - 1)
+    messages = _messages(source, poller, wanted, min(after, newest), newest)
+    return EventSourceResponse(messages, ping=_PING_SECONDS, sep="\n")
+
+
+async def _messages(
+    source: Source, poller: Poller, wanted: Filter, after: int, newest: int
+) -> AsyncIterator[ServerSentEvent]:
+    with poller.listen(newest) as (listener, begins):
+        yield ServerSentEvent(event="hello", data=str(begins), retry=_RETRY_MILLISECONDS)
+        if after < begins:
+            missed = await run_in_threadpool(_between, source, after, begins, wanted)
+            yield _message("events" if missed is not None else "missed", missed or [], begins)
+        judge = _judge(wanted)
+        while True:
+            kind, events, seq = await listener.waiting.get()
+            fitting = [event for event in events if judge(event)]
+            if fitting or kind != "events":
+                yield _message(kind, fitting, seq)
+
+
+def _between(source: Source, after: int, upto: int, wanted: Filter) -> list[Event] | None:
+    """What a page missed while it loaded or was away; None if that is too much to tell."""
+    events = source.opened().reader.events(after, wanted, limit=_BATCH + 1)
+    return [event for event in events if event.seq <= upto] if len(events) <= _BATCH else None
+
+
+def _message(kind: str, events: list[Event], seq: int) -> ServerSentEvent:
+    return ServerSentEvent(event=kind, id=str(seq), data=json.dumps([event_dict(e) for e in events]))
+
+
+def event_dict(event: Event) -> dict[str, Any]:
+    """An event as the API gives it, with the short name of its tool."""
+    name = None if event.tool is None else short_names([event.tool])[event.tool]
+    return {**event.to_dict(), "name": name}
+
+
+def _judge(wanted: Filter) -> Callable[[Event], bool]:
+    """Whether an event is wanted, by what an event alone can tell."""
+
+    def fits(event: Event) -> bool:
+        tool = event.tool or ""
+        return (
+            (wanted.tool is None or tool == wanted.tool or tool.split("#")[0].endswith(f".{wanted.tool}"))
+            and (wanted.wf is None or event.wf == wanted.wf)
+            and (wanted.caller is None or event.caller == wanted.caller)
+        )
+
+    return fits

@@ -1,0 +1,162 @@
+"""The pages. Each gathers its values in a worker thread and hands them to its template."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import urlencode
+
+import ledger
+from ledger import Record
+from ledger_ops.values import Filter, clock
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ledger_dashboard.api import SEARCH_SECONDS, opened_for
+from ledger_dashboard.figures import overview, share
+from ledger_dashboard.query import FIELDS, filter_of, text_of, time_of
+from ledger_dashboard.render import page, short_names
+from ledger_dashboard.source import Opened
+
+_CALLS, _DOUBTS, _EVENTS, _TIMELINE = 50, 50, 100, 500
+#: the badge of the menu may be so old: it is on every page
+_BADGE_SECONDS = 10.0
+_RANGES = (("1h", "1 hour"), ("24h", "24 hours"), ("7d", "7 days"), ("30d", "30 days"), ("all", "all"))
+
+
+async def get_overview(request: Request) -> Response:
+    """The headline, the chart, and figures by tool and by workflow."""
+    chosen = text_of(request, "since")
+    until = time_of(request, "until")
+    opened = await opened_for(request)
+    since = opened.rollup.first if chosen == "all" else time_of(request, "since")
+
+    def gather() -> dict[str, Any]:
+        found = overview(opened, since, until)
+        return {"view": found, "names": short_names([tool.tool for tool in found.tools])}
+
+    return await _answer(
+        request, "overview", opened, gather, ranges=_RANGES, chosen=None if until else chosen, share=share
+    )
+
+
+async def get_calls(request: Request) -> Response:
+    """Calls by filter, newest first."""
+    wanted, cursor = filter_of(request), text_of(request, "cursor")
+    opened = await opened_for(request)
+
+    def gather() -> dict[str, Any]:
+        found = opened.reader.calls(wanted, limit=_CALLS, cursor=cursor, seconds=SEARCH_SECONDS)
+        return {
+            "found": found,
+            "reached": clock(found.reached) if found.reached is not None else None,
+            "next": _with(request, cursor=found.cursor) if found.cursor else None,
+            "is_empty": not opened.reader.last_seq(),
+            **_choices(opened, found.records),
+        }
+
+    asked = {name: request.query_params.get(name, "") for name in FIELDS}
+    return await _answer(
+        request, "calls", opened, gather, asked=asked, cursor=cursor, narrows=wanted.narrows,
+        csv=urlencode({name: value for name, value in asked.items() if value}),
+    )  # fmt: skip
+
+
+async def get_call(request: Request) -> Response:
+    """One call: what was asked, what came of it, every attempt."""
+    opened = await opened_for(request)
+
+    def gather() -> dict[str, Any]:
+        found = opened.reader.call(request.path_params["call"], seconds=SEARCH_SECONDS)
+        return {
+            "found": found,
+            "record": found.record,
+            "name": found.record.short,
+            "timeline": found.events[-_TIMELINE:],
+            "earlier": max(len(found.events) - _TIMELINE, 0),
+            "holders": {run.run: opened.reader.store.holder(run) for run in found.runs},
+            "offers": _offers(found.record, runs=len(found.runs)),
+        }
+
+    return await _answer(request, "call", opened, gather)
+
+
+async def get_live(request: Request) -> Response:
+    """Events as they happen."""
+    wanted = Filter(tool=text_of(request, "tool"), wf=text_of(request, "wf"))
+    opened = await opened_for(request)
+
+    def gather() -> dict[str, Any]:
+        events = opened.reader.last_events(_EVENTS, wanted)
+        tools = {event.tool for event in events if event.tool is not None}
+        return {"events": events[::-1], **_choices(opened, []), "names": {t: ledger._short(t) for t in tools}}
+
+    return await _answer(
+        request, "live", opened, gather, asked={"tool": wanted.tool or "", "wf": wanted.wf or ""}
+    )
+
+
+async def get_doubts(request: Request) -> Response:
+    """What waits for a person, oldest first."""
+    after = text_of(request, "after")
+    begins, _, last = (after or "").partition(".")
+    since = int(begins) if begins.isdecimal() and len(begins) < 19 else None
+    opened = await opened_for(request)
+
+    def gather() -> dict[str, Any]:
+        found = opened.reader.doubts(Filter(since=since), limit=_DOUBTS + 1)
+        found = [record for record in found if record.call != last]
+        rest = found[_DOUBTS:]
+        found = found[:_DOUBTS]
+        more = _with(request, after=f"{found[-1].started}.{found[-1].call}") if rest else None
+        return {
+            "records": found,
+            "next": more,
+            "offers": {r.call: _offers(r, runs=r.run) for r in found},
+            **_choices(opened, found),
+        }
+
+    return await _answer(request, "doubts", opened, gather, after=after)
+
+
+async def _answer(request: Request, view: str, opened: Opened, gather: Any, **values: Any) -> Response:
+    def make() -> Response:
+        seq = opened.reader.last_seq()  # before anything else is read: what comes later is told by the stream
+        gathered = gather()
+        doubts = opened.stats(_BADGE_SECONDS).total.in_doubt
+        return page(
+            request, f"{view}.html", fragment=f"_{view}.html", active=view, seq=seq, doubts=doubts,
+            **values, **gathered,
+        )  # fmt: skip
+
+    return await run_in_threadpool(make)
+
+
+def _choices(opened: Opened, records: list[Record]) -> dict[str, Any]:
+    """What the fields of a filter offer, and how tools are named here."""
+    tools = {*opened.stats(_BADGE_SECONDS).tools, *(record.tool for record in records)}
+    names = short_names(sorted(tools))
+    return {
+        "names": names,
+        "choices": sorted((name, tool) for tool, name in names.items()),
+        "callers": opened.rollup.callers(50),
+        "workflows": [row.wf for row in opened.rollup.workflows(50)],
+    }
+
+
+def _with(request: Request, **params: str) -> str:
+    """This query with other values."""
+    kept = {name: value for name, value in request.query_params.items() if value and name not in params}
+    return urlencode({**kept, **params})
+
+
+def _offers(record: Record, *, runs: int) -> frozenset[str]:
+    """What a person may decide about a call; the ledger judges it once more when it is asked for."""
+    doubtful = record.in_doubt and not record.released
+    if not runs or (record.status is ledger.Status.RUNNING and not record.in_doubt):
+        return frozenset()
+    if doubtful:
+        return frozenset({"retry", "done", "not_done"})
+    if record.runs and not record.released:
+        return frozenset({"retry"})
+    return frozenset()

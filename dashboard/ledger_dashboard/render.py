@@ -1,0 +1,232 @@
+"""From values to HTML: templates that escape always, times and numbers for people, JSON as a folded tree."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import ledger
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from ledger_ops.values import clock, iso, printable, span, state_of
+from markupsafe import Markup
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+if TYPE_CHECKING:
+    from ledger_dashboard.app import Desk
+
+#: how much of a recorded value a page shows; the API gives all of it
+_MOST_NODES, _MOST_LEVELS, _LONGEST_TEXT = 1_000, 24, 8_000
+_SHOWN_SUMMARY = 160
+
+STATE_NAMES = {
+    "running": "running",
+    "success": "success",
+    "failed": "failed",
+    "suspended": "suspended",
+    "in_doubt": "in doubt",
+}
+#: how an event looks: what it was good for
+EVENT_TONES = {
+    "claimed": "running", "success": "success", "ran": "success", "failed": "failed", "raised": "failed",
+    "suspended": "suspended", "doubt": "in_doubt", "blocked": "blocked", "late": "in_doubt",
+    "resolved": "success", "released": "running",
+}  # fmt: skip
+
+
+# -- where things are --
+
+
+def base_of(request: Request) -> str:
+    """The path under which the app is mounted, "" at the top."""
+    return str(request.scope.get("ledger_base", request.scope.get("root_path", "")))
+
+
+def link(request: Request, name: str, **params: str) -> str:
+    """The path of one of our routes; request.url_for would ask the router of the application around us."""
+    return base_of(request) + str(request.app.url_path_for(name, **params))
+
+
+# -- values for people --
+
+
+def shown(value: Any) -> Any:
+    """What goes into a page: recorded text cannot turn the reading direction or hide characters."""
+    return printable(value, lines=True) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def number(value: float) -> str:
+    """1234567 as 1,234,567."""
+    return f"{value:,}"
+
+
+def percent(share: float) -> str:
+    """A share of 1 as a percentage that never rounds something to nothing."""
+    if 0 < share < 0.001:
+        return "< 0.1 %"
+    return f"{share * 100:.1f} %" if share < 0.9995 or share == 1 else "> 99.9 %"
+
+
+def moment(micros: int | None) -> Markup:
+    """A time: of today the hour, else the day too; all of it in its title."""
+    if micros is None:
+        return Markup("–")
+    local = ledger.at(micros).astimezone()
+    now = datetime.now().astimezone()
+    form = "%H:%M:%S" if local.date() == now.date() else "%b %-d, %H:%M:%S"
+    if local.year != now.year:
+        form = "%Y-%m-%d %H:%M"
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(
+        iso(micros), clock(micros), local.strftime(form)
+    )
+
+
+def took(started: int, ended: int | None) -> str:
+    """How long a run took."""
+    return "–" if ended is None else span(max(ended - started, 0))
+
+
+def short_names(tools: list[str]) -> dict[str, str]:
+    """The short name of each tool, the full one where two would look the same."""
+    shorts = [ledger._short(tool) for tool in tools]
+    return {
+        tool: short if shorts.count(short) == 1 else tool for tool, short in zip(tools, shorts, strict=True)
+    }
+
+
+def summary(text: str | None) -> str:
+    """The beginning of recorded JSON, in one line."""
+    if text is None or text == "{}":
+        return ""
+    return text[:_SHOWN_SUMMARY] + "…" if len(text) > _SHOWN_SUMMARY else text
+
+
+# -- JSON as a tree --
+
+
+class Node(NamedTuple):
+    """One value: a leaf with its text, or a branch with its parts. `kind` picks its looks."""
+
+    name: str | None
+    kind: str
+    text: str
+    parts: tuple[Node, ...] = ()
+    #: what is not shown of it
+    more: str = ""
+
+
+def tree(text: str | None) -> Node | None:
+    """A JSON column as nodes to show, at most a thousand; None for no value."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # somebody else wrote it, or it is nested beyond reason
+        return _text(None, text)
+    return _node(None, value, [_MOST_NODES], 0)
+
+
+def _node(name: str | None, value: Any, left: list[int], level: int) -> Node:
+    left[0] -= 1
+    if isinstance(value, dict) and isinstance(value.get("$"), str) and "v" in value:
+        return _packed(name, value, left, level)
+    if isinstance(value, dict):
+        return _branch(name, "object", [(str(k), v) for k, v in value.items()], "{}", left, level)
+    if isinstance(value, list):
+        return _branch(name, "array", [(str(i), v) for i, v in enumerate(value)], "[]", left, level)
+    if isinstance(value, str):
+        return _text(name, value)
+    kind = "null" if value is None else "boolean" if isinstance(value, bool) else "number"
+    return Node(name, kind, json.dumps(value)[:_LONGEST_TEXT])
+
+
+def _packed(name: str | None, value: dict[str, Any], left: list[int], level: int) -> Node:
+    """A value that JSON lacks, as the ledger writes it: its kind, then what it holds."""
+    kind = str(value.get("t") or value["$"]).rpartition(".")[2][:80]
+    inner = _node(None, value["v"], left, level)
+    return inner._replace(name=name, text=f"{kind} {inner.text}")
+
+
+def _branch(
+    name: str | None, kind: str, parts: list[tuple[str, Any]], brackets: str, left: list[int], level: int
+) -> Node:
+    if not parts:
+        return Node(name, "empty", brackets)
+    count = f"{len(parts):,} {'field' if kind == 'object' else 'item'}{'s' * (len(parts) != 1)}"
+    if level >= _MOST_LEVELS:
+        return Node(name, kind, count, more="nested too deeply to show here")
+    made = []
+    for part_name, part in parts:
+        if left[0] <= 0:
+            break
+        made.append(_node(part_name[:_SHOWN_SUMMARY], part, left, level + 1))
+    hidden = len(parts) - len(made)
+    return Node(name, kind, count, tuple(made), f"{hidden:,} more" if hidden else "")
+
+
+def _text(name: str | None, value: str) -> Node:
+    hidden = len(value) - _LONGEST_TEXT
+    more = f"{hidden:,} more characters" if hidden > 0 else ""
+    return Node(name, "string", value[:_LONGEST_TEXT], more=more)
+
+
+# -- answers --
+
+
+def make_environment() -> Environment:
+    """The templates: everything is escaped, and recorded text made printable, wherever it is put."""
+    made = Environment(
+        loader=PackageLoader("ledger_dashboard"),
+        autoescape=True,
+        finalize=shown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"moment": moment, "number": number, "percent": percent, "span": span, "summary": summary}
+    made.filters |= {"state": state_of, "tree": tree, "took": took}
+    made.globals |= {"STATE_NAMES": STATE_NAMES, "EVENT_TONES": EVENT_TONES, "version": ledger.__version__}
+    return made
+
+
+_environment = make_environment()
+
+
+def page(
+    request: Request, template: str, *, status: int = 200, fragment: str | None = None, **values: Any
+) -> Response:
+    """A page; htmx, which replaces what changed in a page that is open, gets the `fragment` of it."""
+    from ledger_dashboard.security import set_cookie, visitor_of
+
+    desk: Desk = request.app.state.desk
+    visitor = visitor_of(request)
+    fresh = "" if visitor else secrets.token_urlsafe(18)
+    wanted = fragment if fragment is not None and request.headers.get("hx-request") == "true" else template
+    html = _environment.get_template(wanted).render(
+        request=request,
+        link=lambda name, **params: link(request, name, **params),
+        csrf="" if desk.read_only else desk.keys.csrf(visitor or fresh),
+        read_only=desk.read_only,
+        store_name=desk.source.name,
+        **values,
+    )
+    answer = HTMLResponse(html, status, {"Vary": "HX-Request"})
+    if fresh:
+        set_cookie(request, answer, "visitor", fresh, seconds=None)
+    return answer
+
+
+def refusal(request: Request, status: int, what: str, advice: str) -> Response:
+    """An error in the form that was asked for: what happened, and what to do next."""
+    path = request.scope["path"].removeprefix(base_of(request))
+    if path.startswith(("/api/", "/health", "/metrics")) or "text/html" not in request.headers.get(
+        "accept", "text/html"
+    ):
+        return JSONResponse({"error": what, "advice": advice}, status)
+    html = _environment.get_template("error.html").render(
+        status=status, what=what, advice=advice, base=base_of(request), again=status == 503,
+        ask_token=status == 401,
+    )  # fmt: skip
+    return HTMLResponse(html, status)

@@ -1,0 +1,261 @@
+"""Who may ask: the Host that was bound, the same origin, a token, and a CSRF token for what changes state.
+
+A loopback bind is no login: any site in the user's browser can send requests to it, and by DNS
+rebinding read the answers. So each request is judged here before anything looks at the ledger.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import secrets
+import socket
+from collections.abc import Iterable, Mapping
+from urllib.parse import urlencode, urlsplit
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ledger_dashboard.render import base_of, refusal
+
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+#: as an entry of the allowed hosts: any address in figures, which no rebinding can bring here
+ANY_ADDRESS = "*"
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+_HEADERS: Mapping[str, str] = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+}
+_YEAR_SECONDS = 365 * 86_400
+
+
+def add_headers(headers: MutableHeaders) -> None:
+    """What every answer carries; an answer that says nothing of caching is not cached."""
+    for name, value in _HEADERS.items():
+        headers[name] = value
+    headers.setdefault("Cache-Control", "no-store")
+
+
+class Keys:
+    """The secrets of one app: its token, and what CSRF tokens are made of."""
+
+    def __init__(self, token: str | None) -> None:
+        self.token = token
+        self._csrf_key = secrets.token_bytes(32)
+
+    def knows(self, token: str) -> bool:
+        """Whether that is the token, in constant time."""
+        return self.token is not None and _same(token, self.token)
+
+    @property
+    def badge(self) -> str:
+        """What the cookie holds once the token was shown: it follows from the token and does not tell it."""
+        return _mac((self.token or "").encode(), "ledger-dashboard badge")
+
+    def admits(self, badge: str) -> bool:
+        """Whether a cookie was given by an app with this token."""
+        return self.token is not None and _same(badge, self.badge)
+
+    def csrf(self, visitor: str) -> str:
+        """The token that a page of this visitor sends along with what changes state."""
+        return _mac(self._csrf_key, visitor)
+
+    def is_csrf(self, visitor: str, token: str) -> bool:
+        """Whether a page of this visitor sent it."""
+        return bool(visitor) and _same(token, self.csrf(visitor))
+
+
+def _mac(key: bytes, text: str) -> str:
+    return hmac.new(key, text.encode(errors="surrogatepass"), hashlib.sha256).hexdigest()
+
+
+def _same(given: str, expected: str) -> bool:
+    return hmac.compare_digest(
+        given.encode(errors="surrogatepass"), expected.encode(errors="surrogatepass")
+    )
+
+
+def cookie_name(request: Request, what: str) -> str:
+    """Cookies know no ports: two dashboards on one machine must not overwrite each other's."""
+    server = request.scope.get("server") or ("", None)
+    return f"ledger_{what}_{server[1] or 0}"
+
+
+def visitor_of(request: Request) -> str:
+    """The random name of this browser, "" before it has one."""
+    return request.cookies.get(cookie_name(request, "visitor"), "")
+
+
+class Shield:
+    """ASGI middleware: refuses who may not ask, and gives every answer its headers."""
+
+    def __init__(self, app: ASGIApp, *, keys: Keys, hosts: Iterable[str], read_only: bool) -> None:
+        self.app = app
+        self.keys = keys
+        self.hosts = frozenset(host.lower() for host in hosts)
+        self.read_only = read_only
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Judge a request; pass it on, or answer it here."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                add_headers(MutableHeaders(scope=message))
+            await send(message)
+
+        if scope["type"] != "http":  # there are no web sockets here
+            await Response(status_code=404)(scope, receive, send)
+            return
+        request = Request(scope)
+        answer = self._refusal(request)
+        await (answer or self.app)(scope, receive, send_guarded)
+
+    def _refusal(self, request: Request) -> Response | None:
+        if not is_allowed_host(request, self.hosts):
+            return refusal(
+                request, 400, "this host name is not served here",
+                "Open the address that was printed at start, or start with --allowed-host NAME.",
+            )  # fmt: skip
+        if not _is_own(request):
+            return refusal(
+                request, 403, "the request came from another site",
+                "Open the dashboard itself and do it there.",
+            )  # fmt: skip
+        scope_path = request.scope["path"].removeprefix(base_of(request))
+        if self.keys.token is not None and not scope_path.startswith("/static/"):
+            bearer = _bearer(request)
+            request.scope["ledger_bearer"] = bearer is not None and self.keys.knows(bearer)
+            if not request.scope["ledger_bearer"] and (answer := self._ask_token(request, scope_path)):
+                return answer
+        if request.method not in SAFE_METHODS:
+            return self._refuse_change(request)
+        return None
+
+    def _ask_token(self, request: Request, path: str) -> Response | None:
+        given = request.query_params.get("token")
+        if given is not None and request.method in SAFE_METHODS and self.keys.knows(given):
+            return self._welcome(request)
+        if self.keys.admits(request.cookies.get(cookie_name(request, "badge"), "")):
+            return None
+        if path == "/health":  # says up or down to whoever asks, and why to those who may know
+            request.scope["ledger_stranger"] = True
+            return None
+        answer = refusal(
+            request, 401, "a token is needed",
+            "Open this address once with ?token=… at its end (the token that was given at start), or send it as "
+            "Authorization: Bearer.",
+        )  # fmt: skip
+        answer.headers["WWW-Authenticate"] = "Bearer"
+        if request.headers.get("sec-fetch-site") == "cross-site":
+            # a strict cookie stays at home when another site links here; asked again by ourselves, it comes
+            answer.headers["Refresh"] = "0"
+        return answer
+
+    def _welcome(self, request: Request) -> Response:
+        """Put the token into a cookie and out of the address bar."""
+        rest = [(name, value) for name, value in request.query_params.multi_items() if name != "token"]
+        # the path alone: a full URL would be built from a header; and "//evil" would be another host
+        target = "/" + request.url.path.lstrip("/") + (f"?{urlencode(rest)}" if rest else "")
+        answer = RedirectResponse(target, status_code=303)
+        set_cookie(request, answer, "badge", self.keys.badge, seconds=_YEAR_SECONDS)
+        return answer
+
+    def _refuse_change(self, request: Request) -> Response | None:
+        if self.read_only:
+            return refusal(
+                request, 403, "this dashboard is read-only",
+                "Start it without --read-only, or use `ledger retry` and `ledger resolve`.",
+            )  # fmt: skip
+        if request.scope.get("ledger_bearer"):  # no browser sends that header by itself
+            return None
+        if not self.keys.is_csrf(visitor_of(request), request.headers.get("x-csrf-token", "")):
+            return refusal(
+                request, 403, "the CSRF token is missing or old",
+                "Reload the page and do it again; the dashboard may have been restarted.",
+            )  # fmt: skip
+        return None
+
+
+def set_cookie(request: Request, answer: Response, what: str, value: str, *, seconds: int | None) -> None:
+    """A cookie that no script reads and no other site sends."""
+    answer.set_cookie(
+        cookie_name(request, what), value, max_age=seconds, path=base_of(request) or "/",
+        secure=request.url.scheme == "https", httponly=True, samesite="strict",
+    )  # fmt: skip
+
+
+def is_allowed_host(request: Request, hosts: frozenset[str]) -> bool:
+    """Whether the Host header names what was bound, with its port."""
+    host = request.headers.get("host", "").lower()
+    if host in hosts - {*LOOPBACK, ANY_ADDRESS}:  # named as it is, such as that of a proxy
+        return True
+    name, port = _split(host)
+    server = request.scope.get("server") or ("", None)
+    bound = str(server[1] or "")
+    if port != bound and not (port == "" and bound in ("80", "443")):
+        return False
+    return name in hosts or (ANY_ADDRESS in hosts and _is_address(name))
+
+
+def _split(host: str) -> tuple[str, str]:
+    """The name and the port of a Host header."""
+    name, _, port = host.rpartition(":") if not host.endswith("]") else (host, "", "")
+    return (name, port) if name else (host, "")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def _is_own(request: Request) -> bool:
+    """Whether our own page, a person or a program asks; browsers tell where a request comes from."""
+    site = request.headers.get("sec-fetch-site", "none")
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc.lower() != request.headers.get("host", "").lower():
+        return False
+    if request.method not in SAFE_METHODS:
+        return site in ("same-origin", "none") if origin is None else site != "cross-site"
+    # following a link to a page is fine, fetching from another page is not
+    return site in ("same-origin", "none") or request.headers.get("sec-fetch-mode") == "navigate"
+
+
+def _bearer(request: Request) -> str | None:
+    kind, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip() if kind.lower() == "bearer" else None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a bind to that host can be reached from this machine alone."""
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return False
+    return bool(found) and all(ipaddress.ip_address(str(a).partition("%")[0]).is_loopback for a in found)
+
+
+def hosts_for(host: str, more: Iterable[str] = ()) -> tuple[str, ...]:
+    """The host names by which a bind may be reached."""
+    name = f"[{host}]" if ":" in host else host
+    if host in ("", "0.0.0.0", "::"):  # noqa: S104 - compared, not bound
+        return (*LOOPBACK, ANY_ADDRESS, socket.gethostname(), socket.getfqdn(), *more)
+    return (*LOOPBACK, name, *more)

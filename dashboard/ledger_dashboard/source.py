@@ -1,0 +1,122 @@
+"""The ledger behind the pages: opened when first needed, opened anew when its file was replaced."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+from ledger import LedgerError, StoreError
+from ledger_ops.reader import NoLedger, Reader, open_store
+from ledger_ops.rollup import Rollup
+from ledger_ops.values import Stats
+
+#: sums are used again for so many times what they cost: looking takes no more than a tenth of the time
+_REUSE = 10
+_INLINE_SECONDS, _SLICE_SECONDS, _PAUSE_SECONDS = 0.02, 0.1, 0.02
+
+
+class Opened:
+    """One file, as long as it is the one that was opened. Safe under threads."""
+
+    def __init__(self, url: str | None) -> None:
+        store = open_store(url)
+        self.path = store.path
+        self.identity = _identity(store.path)
+        self.reader = Reader(store)
+        # its own connections: counting a big file must not make pages wait for each other's lock
+        self.rollup = Rollup(Reader(open_store(url)))
+        self._stats: Stats | None = None
+        self._stats_at = self._stats_cost = 0.0
+        self._stats_lock = threading.Lock()
+        self._counting: threading.Thread | None = None
+        self._counting_lock = threading.Lock()
+        self._stop = threading.Event()
+
+    def is_current(self) -> bool:
+        """Whether the file is still the one that was opened; SQLite itself would read on a deleted one."""
+        return self.identity == _identity(self.path)
+
+    def stats(self, oldest_seconds: float = 0.0) -> Stats:
+        """Sums of all calls, a moment old where they are costly (`oldest_seconds`: as old as that)."""
+        with self._stats_lock:
+            reuse = max(oldest_seconds, self._stats_cost * _REUSE)
+            begun = time.monotonic()
+            if self._stats is None or begun - self._stats_at > reuse:
+                self._stats = self.reader.stats()
+                self._stats_at = time.monotonic()
+                self._stats_cost = self._stats_at - begun
+            return self._stats
+
+    def count(self) -> bool:
+        """Bring the roll-up up to date; False while a thread is still at it."""
+        with self._counting_lock:
+            if self._counting is not None and self._counting.is_alive():
+                return False
+            if self.rollup.progress == 1.0 and self.rollup.advance(_INLINE_SECONDS):
+                return True
+            self._counting = threading.Thread(target=self._count, name="ledger-rollup", daemon=True)
+            self._counting.start()
+        # a small ledger is counted before its first page is shown
+        self._counting.join(_SLICE_SECONDS)
+        return self.rollup.progress == 1.0
+
+    def _count(self) -> None:
+        try:
+            while not self._stop.is_set() and not self.rollup.advance(_SLICE_SECONDS):
+                self._stop.wait(_PAUSE_SECONDS)
+        except LedgerError:  # the file is gone or locked: the next page says so, and begins again
+            return
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._stop.set()
+        if self._counting is not None:
+            self._counting.join(2)
+        self.reader.store.close()
+        self.rollup.reader.store.close()
+        self.rollup.close()
+
+
+class Source:
+    """A ledger by its path or URL. Whoever reads asks for `opened()` each time."""
+
+    def __init__(self, url: str | None) -> None:
+        self.url = url
+        self._opened: Opened | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        """The file's name, for people."""
+        opened = self._opened
+        return Path(opened.path if opened else self.url or "ledger.db").name
+
+    def opened(self) -> Opened:
+        """The ledger as it is now; raises `NoLedger` or `StoreError` while there is none that can be read."""
+        with self._lock:
+            if self._opened is not None and not self._opened.is_current():
+                self._opened.close()
+                self._opened = None
+            if self._opened is None:
+                self._opened = Opened(self.url)
+            return self._opened
+
+    def close(self) -> None:
+        """Give the ledger back; it is opened again when it is needed again."""
+        with self._lock:
+            if self._opened is not None:
+                self._opened.close()
+                self._opened = None
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)  # noqa: PTH116 - asked for each request
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+__all__ = ["NoLedger", "Opened", "Source", "StoreError"]

@@ -1,0 +1,115 @@
+"""The group of commands, and the one place where an error becomes words and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+import click
+import rich  # noqa: F401 - cheap, and its absence is told by `main` and not half-way through a command
+from click.exceptions import NoSuchCommand
+
+import ledger
+from ledger_ops.values import printable
+
+FAILURE, NOTHING_MATCHED = 1, 3
+
+#: command → the module that has it, read when it is asked for; in the order of the help
+COMMANDS = {
+    "show": "looking",
+    "tail": "looking",
+    "stats": "looking",
+    "inspect": "looking",
+    "doubts": "looking",
+    "brief": "looking",
+    "retry": "deciding",
+    "resolve": "deciding",
+    "clear": "deciding",
+    "run": "running",
+    "export": "keeping",
+    "import": "keeping",
+    "prune": "keeping",
+    "backup": "keeping",
+    "restore": "keeping",
+    "doctor": "keeping",
+    "demo": "demo",
+    "completion": "completion",
+}
+
+
+class Commands(click.Group):
+    """Loads the module of a command when it is asked for, so that each starts fast."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's contract
+        """All names, in the order of the help."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name."""
+        if cmd_name not in COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        module = importlib.import_module(f"ledger_cli.{COMMANDS[cmd_name]}")
+        command = getattr(module, f"{cmd_name}_command")
+        assert isinstance(command, click.Command)  # noqa: S101 - what a type checker cannot know
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, with all names to choose a similar one from."""
+        try:
+            return super().resolve_command(ctx, args)
+        except NoSuchCommand:
+            raise NoSuchCommand(args[0], possibilities=COMMANDS, ctx=ctx) from None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click does, but that a reader who has read enough is no failure."""
+        try:
+            found = super().invoke(ctx)
+            sys.stdout.flush()
+            return found
+        except BrokenPipeError:
+            _drop(sys.stdout)
+            return 0
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="DB is a path or sqlite:///path; without it LEDGER_DB counts, else ./ledger.db.",
+)
+@click.version_option(ledger.__version__, prog_name="ledger", message="%(prog)s %(version)s")
+def group() -> None:
+    """What guarded tools did, what they do now, and what waits for a person."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; its exit code. What the user can mend is told without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        found: Any = group.main(list(arguments), prog_name="ledger", standalone_mode=False)
+        return found if isinstance(found, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        return 128 + signal.SIGINT
+    except (ledger.LedgerError, OSError) as error:
+        return complain(str(error))
+
+
+def complain(text: str) -> int:
+    """Say on stderr what went wrong, with what others wrote made harmless; the exit code of a failure."""
+    click.echo(f"Error: {printable(text, lines=True)}", err=True)
+    return FAILURE
+
+
+def _drop(stream: TextIO) -> None:
+    """Let the interpreter flush what is left into nothing when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

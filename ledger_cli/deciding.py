@@ -1,0 +1,142 @@
+"""Commands by which a person decides: retry, resolve, clear. Each leaves an event with who and why."""
+
+from __future__ import annotations
+
+import json as json_module
+from typing import Any, NoReturn
+
+import click
+
+from ledger import InProgress, Record
+from ledger_cli.app import FAILURE, NOTHING_MATCHED
+from ledger_cli.grids import SHORT_CALL
+from ledger_cli.options import as_json, command, database, database_argument, opened, yes
+from ledger_cli.screen import Screen, confirmed, note
+from ledger_ops import acts
+from ledger_ops.reader import Reader
+from ledger_ops.values import Filter, printable, record_dict, state_of
+
+_NOTE = click.option("--note", default="", metavar="TEXT", help="Why; it is kept in the event.")
+
+
+def _named(record: Record) -> str:
+    return f"{printable(record.short)} (call {record.call[:SHORT_CALL]})"
+
+
+def _tell(record: Record, text: str, *, json: bool) -> None:
+    screen = Screen()
+    if json:
+        screen.json(record_dict(record))
+    else:
+        screen.line(text)
+
+
+@command(
+    "retry",
+    examples=("ledger retry 3fa9", 'ledger retry 3fa9 --note "the customer asked for a second copy"'),
+    json_form="The call as it stands then, as in `ledger show`.",
+)
+@click.argument("call")
+@database
+@_NOTE
+@as_json
+def retry_command(*, call: str, db: str | None, note: str, json: bool) -> None:
+    """Release a call: the next identical one runs, although it succeeded or is in doubt.
+
+    It runs when the program makes it again, not now. Refused while a run is alive.
+    """
+    store = opened(db)
+    record = acts.retry(store, Reader(store).find(call), actor=acts.who(), note=note)
+    _tell(record, f"released: {_named(record)}; the next identical call runs", json=json)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _checked_json(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    """A result as JSON text; anything else is refused before the ledger is opened."""
+    if value is None:
+        return None
+    try:
+        return json_module.dumps(json_module.loads(value, parse_constant=_refuse_constant))
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(
+            f"{value!r} is no JSON ({error}); a text needs its quotes: --result '\"sent\"'"
+        ) from None
+
+
+@command(
+    "resolve",
+    examples=(
+        'ledger resolve 3fa9 --done --result \'{"receipt": 17}\' --note "seen in the bank\'s list"',
+        "ledger resolve 3fa9 --not-done",
+    ),
+    json_form="The call as it stands then, as in `ledger show`.",
+)
+@click.argument("call")
+@database
+@click.option("--done/--not-done", default=None, help="Whether it took effect.")
+@click.option(
+    "--result", metavar="JSON", callback=_checked_json, help="What it gave back; duplicates get it."
+)
+@_NOTE
+@as_json
+def resolve_command(
+    *, call: str, db: str | None, done: bool | None, result: str | None, note: str, json: bool
+) -> None:
+    """Settle what is in doubt: it took effect, or it did not.
+
+    Done, identical calls are blocked from then on; not done, the next one runs. Refused while a run is alive.
+    """
+    if done is None:
+        raise click.UsageError("say whether it took effect: --done or --not-done")
+    if result is not None and not done:
+        raise click.UsageError("what was not done has no result; give --result with --done only")
+    store = opened(db)
+    found = Reader(store).find(call)
+    record = acts.resolve(store, found, done=done, actor=acts.who(), note=note, result_json=result)
+    then = "identical calls are blocked" if done else "the next identical call runs"
+    _tell(record, f"resolved: {_named(record)} is {state_of(record)}; {then}", json=json)
+
+
+@command(
+    "clear",
+    examples=("ledger clear --wf order-17", "ledger clear orders.db --yes"),
+    json_form="{forgotten: how many calls, wf}",
+    codes="1: also if the answer was no. 3: --wf was given and has no calls.",
+)
+@database_argument
+@click.option("--wf", help="Only this workflow.")
+@click.option("--force", is_flag=True, help="Also while runs are alive: they may then run beside themselves.")
+@yes
+@as_json
+def clear_command(*, db: str | None, wf: str | None, force: bool, yes: bool, json: bool) -> int:
+    """Forget calls, so that each could run again. What happened stays in the events."""
+    store = opened(db)
+    scope = f"workflow {printable(wf)}" if wf is not None else "all workflows"
+    count = Reader(store).count(Filter(wf=wf))
+    if not count:
+        note(f"there are no calls in {scope}; nothing was changed")
+        return NOTHING_MATCHED if wf is not None else 0
+    alive = acts.alive_in(store, wf)
+    if alive and not force:
+        raise InProgress(
+            f"nothing was changed: still running: {_owners(alive)}; wait for them, stop them, or use --force"
+        )
+    warning = f" Still running: {_owners(alive)}." if alive else ""
+    question = f"{count:,} calls of {scope} in {store.path} would be forgotten and could run again.{warning}"
+    if not confirmed(f"{question} Forget them?", yes=yes):
+        return FAILURE
+    forgotten = acts.clear(store, wf, force=force)
+    if json:
+        values: dict[str, Any] = {"forgotten": forgotten, "wf": wf}
+        Screen().json(values)
+    else:
+        Screen().line(f"forgot {forgotten:,} calls of {scope}")
+    return 0
+
+
+def _owners(alive: list[Record]) -> str:
+    named = ", ".join(f"{_named(record)} in {printable(record.holder)}" for record in alive[:5])
+    return f"{named} and {len(alive) - 5} more" if len(alive) > 5 else named

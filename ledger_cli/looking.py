@@ -1,0 +1,259 @@
+"""Commands that look: show, tail, stats, inspect, doubts, brief. None of them writes or makes a file."""
+
+from __future__ import annotations
+
+import json as json_module
+import time
+from collections.abc import Iterator
+
+import click
+
+from ledger import SqliteStore, StoreError
+from ledger_cli import grids
+from ledger_cli.app import NOTHING_MATCHED, complain
+from ledger_cli.options import as_json, command, database, database_argument, filters, reader_of
+from ledger_cli.screen import Screen, note
+from ledger_ops.reader import NoLedger, Reader, open_store
+from ledger_ops.values import Event, Filter, record_dict
+
+NEWEST = 100
+_POLL_SECONDS = 0.25
+_PAGE = 500
+
+_CALL_JSON = (
+    "{call, tool, name, wf, caller, status, run, key, args, result, error, attempts, executed, blocked, "
+    "created, started, ended, touched, lease, released, late, holder}; times are ISO 8601 in UTC, status is "
+    "running, success, failed, suspended or in_doubt."
+)
+
+
+@command(
+    "show",
+    examples=(
+        "ledger show",
+        "ledger show orders.db --wf nightly --status failed --since 2h",
+        "ledger show --search A-1001 --json | jq '.[].result'",
+        "ledger show --all | cut -f 4 | sort | uniq -c",
+    ),
+    json_form=f"An array of calls, the newest first, each {_CALL_JSON}",
+    codes="3: a filter was given and no call matches it.",
+)
+@database_argument
+@filters
+@click.option(
+    "--limit", "-n", type=click.IntRange(1), default=NEWEST, show_default=True, help="How many at most."
+)
+@click.option("--all", "everything", is_flag=True, help="All of them.")
+@as_json
+def show_command(*, db: str | None, wanted: Filter, limit: int, everything: bool, json: bool) -> int:
+    """List calls, the newest first.
+
+    On a terminal as a table; in a pipe as tab-separated lines under a line of titles, nothing cut.
+    """
+    reader = reader_of(db)
+    page = reader.calls(wanted, limit=limit)
+    records = reader.stream(wanted) if everything else iter(page.records)
+    screen = Screen()
+    if json:
+        screen.json_array(map(record_dict, records))
+    elif page.records:
+        screen.grid(grids.calls(records, grids.Names(reader.tools()), full=not screen.is_terminal))
+    elif not wanted.narrows:
+        note("no calls yet")
+    if not everything and page.cursor is not None:
+        screen.file.flush()
+        more = reader.count(wanted) - len(page.records)
+        if more > 0:
+            note(f"{more:,} more; --limit N shows N, --all shows them all")
+    return _matched(wanted, found=bool(page.records))
+
+
+def _matched(wanted: Filter, *, found: bool) -> int:
+    if found or not wanted.narrows:
+        return 0
+    note("nothing matches; see what there is with fewer filters, or with `ledger stats`")
+    return NOTHING_MATCHED
+
+
+@command(
+    "stats",
+    examples=("ledger stats", "ledger stats orders.db --wf nightly", "ledger stats --since 1d --json"),
+    json_form=(
+        "{actions (calls), attempts, executed, blocked, failed, in_doubt, suspended, running, duplicate_rate, "
+        "tools: {full name: the same}}; duplicate_rate is blocked ÷ attempts, 0 to 1."
+    ),
+    codes="3: a filter was given and no call matches it.",
+)
+@database_argument
+@filters
+@as_json
+def stats_command(*, db: str | None, wanted: Filter, json: bool) -> int:
+    """Add up calls by tool, with the share of duplicates that ran nothing.
+
+    With --since, --until or --status the sums are of the runs that match, else of all.
+    """
+    stats = reader_of(db).stats(wanted)
+    screen = Screen()
+    if json:
+        screen.json(stats.to_dict())
+    elif stats.tools or not wanted.narrows:
+        from ledger_cli.render import duplicates
+
+        screen.grid(grids.sums(stats, full=not screen.is_terminal))
+        screen.text(duplicates(stats.total))
+    return _matched(wanted, found=bool(stats.tools))
+
+
+@command(
+    "inspect",
+    examples=("ledger inspect 3fa9", "ledger inspect 3fa94c0d --db orders.db --json"),
+    json_form=(
+        "A call as in `ledger show`, with history: [{run, status, caller, owner, started, ended, seconds, args, "
+        "result, error, trace, released, forced, late, late_at, blocked}], events: [{seq, call, run, kind, at, "
+        "tool, wf, caller, n, detail}] and verdict: what the next identical call gets."
+    ),
+)
+@click.argument("call")
+@database
+@as_json
+def inspect_command(*, call: str, db: str | None, json: bool) -> None:
+    """Tell all about one call: arguments, runs, timeline, and what the next identical call gets.
+
+    CALL is its fingerprint, or as much of the beginning as tells it from others.
+    """
+    reader = reader_of(db)
+    found = reader.call(call)
+    screen = Screen()
+    if json:
+        screen.json(found.to_dict())
+        return
+    from ledger_cli.render import detail
+
+    holders = {run.run: reader.store.holder(run) for run in found.runs}
+    screen.text(*detail(found, holders))
+
+
+@command(
+    "doubts",
+    examples=("ledger doubts", "ledger doubts orders.db --tool charge --json"),
+    json_form=f"An array of calls, the oldest first, each {_CALL_JSON}",
+    codes="0: nothing is in doubt. 3: something is.",
+)
+@database_argument
+@filters
+@click.option("--limit", "-n", type=click.IntRange(1), help="How many at most.")
+@as_json
+def doubts_command(*, db: str | None, wanted: Filter, limit: int | None, json: bool) -> int:
+    """List what is in doubt, the oldest first: nobody knows whether it took effect."""
+    reader = reader_of(db)
+    found = reader.doubts(wanted)
+    screen = Screen()
+    if json:
+        screen.json_array(map(record_dict, found[:limit]))
+    elif found:
+        names = grids.Names(reader.tools())
+        screen.grid(grids.calls(found[:limit], names, full=not screen.is_terminal))
+        screen.file.flush()
+        more = f"{len(found) - limit:,} more. " if limit is not None and len(found) > limit else ""
+        note(f"{more}Find out what happened, then: ledger resolve CALL --done (or --not-done)")
+    else:
+        note("nothing is in doubt")
+    return NOTHING_MATCHED if found else 0
+
+
+@command("brief", examples=("ledger brief --wf order-17", "ledger brief --max-chars 800 >> context.md"))
+@database_argument
+@click.option("--wf", help="Only this workflow.")
+@click.option(
+    "--max-chars", type=click.IntRange(1), default=2000, show_default=True, help="How long it may get."
+)
+def brief_command(*, db: str | None, wf: str | None, max_chars: int) -> None:
+    """Say in short what was done, what runs and what is in doubt, for a model's context."""
+    from ledger_ops.brief import brief
+
+    Screen().line(brief(reader_of(db), wf=wf, max_chars=max_chars))
+
+
+# -- tail --
+
+
+@command(
+    "tail",
+    examples=(
+        "ledger tail",
+        "ledger tail orders.db --wf nightly --lines 50",
+        "ledger tail --status failed --json | jq .detail",
+        "ledger tail --no-follow",
+    ),
+    json_form=(
+        "A line for each event: {seq, call, run, kind, at, tool, wf, caller, n, detail}; n attempts that were "
+        "blocked are told in one."
+    ),
+    codes="3: with --no-follow, a filter was given and no event matches it.",
+)
+@database_argument
+@filters
+@click.option(
+    "--lines",
+    "-n",
+    type=click.IntRange(0),
+    default=10,
+    show_default=True,
+    help="How many earlier ones first.",
+)
+@click.option("--no-follow", is_flag=True, help="End after the earlier ones.")
+@as_json
+def tail_command(*, db: str | None, wanted: Filter, lines: int, no_follow: bool, json: bool) -> int:
+    """Follow what happens: claims, outcomes, blocked attempts. Ctrl-C ends it."""
+    screen = Screen()
+    reader = reader_of(db)
+    names = grids.Names(reader.tools())
+
+    def say(events: list[Event]) -> None:
+        if json:
+            for event in events:
+                screen.line(json_module.dumps(event.to_dict()))
+        elif events:
+            from ledger_cli.render import event_line
+
+            screen.text(*(event_line(event, names) for event in events))
+        screen.file.flush()
+
+    try:
+        seen = reader.last_seq()
+        earlier = reader.last_events(lines, wanted)
+        say(earlier)
+        if no_follow:
+            return _matched(wanted, found=bool(earlier))
+        for events in _follow(reader, max([seen, *(event.seq for event in earlier)]), wanted):
+            say(events)
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def _follow(reader: Reader, after: int, wanted: Filter) -> Iterator[list[Event]]:
+    """New events, page by page; what does not match is passed over and never read again."""
+    url = reader.store.path
+    while True:
+        time.sleep(_POLL_SECONDS)
+        try:
+            newest = reader.last_seq()
+            while events := reader.events(after, wanted, limit=_PAGE):
+                yield events
+                after = events[-1].seq
+            after = max(after, newest)
+        except StoreError as error:
+            complain(f"{error}; waiting for a ledger at {url} (Ctrl-C ends)")
+            reader.store.close()
+            reader, after = Reader(_return_of(url)), 0
+
+
+def _return_of(path: str) -> SqliteStore:
+    """The ledger at that path, as soon as there is one again."""
+    while True:
+        time.sleep(_POLL_SECONDS)
+        try:
+            return open_store(path)
+        except NoLedger:
+            pass

@@ -1,0 +1,183 @@
+"""What commands have in common: how they are declared, their filters, and how they open the ledger."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from ledger import SqliteStore, UsageError
+from ledger_ops.reader import Reader, open_store
+from ledger_ops.values import STATES, Filter, parse_span, parse_time
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+_ALIASES = {"doubt": "in_doubt", "in-doubt": "in_doubt"}
+
+
+class Command(click.Command):
+    """A command whose help has examples and, where they are special, exit codes and the form of its JSON."""
+
+    def __init__(
+        self, *args: Any, examples: Sequence[str] = (), json_form: str = "", codes: str = "", **settings: Any
+    ) -> None:
+        super().__init__(*args, **settings)
+        self.examples, self.json_form, self.codes = tuple(examples), json_form, codes
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """What comes after the options."""
+        super().format_epilog(ctx, formatter)
+        with formatter.section("Examples"):
+            formatter.write("".join(f"{' ' * formatter.current_indent}{line}\n" for line in self.examples))
+        for title, text in (("JSON", self.json_form), ("Exit codes", self.codes)):
+            if text:
+                with formatter.section(title):
+                    formatter.write_text(text)
+
+
+def command(
+    name: str, *, examples: Sequence[str], json_form: str = "", codes: str = "", **settings: Any
+) -> Callable[[Callable[..., Any]], Command]:
+    """Make a function a command; `examples` are whole command lines."""
+
+    def made(function: Callable[..., Any]) -> Command:
+        decorate = click.command(
+            name, cls=Command, examples=examples, json_form=json_form, codes=codes, **settings
+        )
+        return decorate(function)
+
+    return made
+
+
+def _applied(function: Any, options: Sequence[Callable[[Any], Any]]) -> Any:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+# -- values --
+
+
+class _Read(click.ParamType):
+    """A value that a function of ours reads; what it refuses is a usage error."""
+
+    def __init__(self, name: str, read: Callable[[str], int]) -> None:
+        self.name = name
+        self._read = read
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value, read."""
+        if isinstance(value, int):
+            return value
+        try:
+            return self._read(value)
+        except (UsageError, OverflowError, OSError) as error:
+            self.fail(str(error), param, ctx)
+
+
+class _Status(click.Choice[str]):
+    """A status by the name that lists show, or as people type it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The status by the name that lists show."""
+        lowered = str(value).lower()
+        return super().convert(_ALIASES.get(lowered, lowered), param, ctx)
+
+
+SPAN = _Read("span", parse_span)
+TIME = _Read("time", parse_time)
+
+
+# -- which ledger --
+
+_DB_OPTION = click.option(
+    "--db", "db_option", metavar="DB", help="The ledger: a path or sqlite:///path. [LEDGER_DB, ./ledger.db]"
+)
+
+
+def database(function: Function) -> Function:
+    """Give a command `db` from --db, for one whose arguments are something else."""
+
+    @functools.wraps(function)
+    def with_db(*args: Any, db_option: str | None, **values: Any) -> Any:
+        return function(*args, db=db_option, **values)
+
+    return _applied(with_db, [_DB_OPTION])  # type: ignore[no-any-return]
+
+
+def database_argument(function: Function) -> Function:
+    """Give a command `db` from its argument, or from --db."""
+
+    @functools.wraps(function)
+    def with_db(*args: Any, db_argument: str | None, db_option: str | None, **values: Any) -> Any:
+        if db_argument is not None and db_option is not None:
+            raise click.UsageError("the ledger is named twice; give it as DB or with --db")
+        return function(*args, db=db_option if db_argument is None else db_argument, **values)
+
+    argument = click.argument("db_argument", metavar="[DB]", required=False)
+    return _applied(with_db, [argument, _DB_OPTION])  # type: ignore[no-any-return]
+
+
+def path_of(db: str | None) -> str:
+    """The file that a command is told to use, also where there is none yet."""
+    text = db if db is not None else os.environ.get("LEDGER_DB") or "ledger.db"
+    scheme, found, rest = text.partition("://")
+    if not found:
+        return text
+    if scheme != "sqlite":
+        raise UsageError(f"{text} is no file; name a path or sqlite:///path")
+    return rest.removeprefix("/")
+
+
+def opened(db: str | None) -> SqliteStore:
+    """The ledger, which must exist; it is closed when the command ends."""
+    store = open_store(db)
+    click.get_current_context().call_on_close(store.close)
+    return store
+
+
+def reader_of(db: str | None) -> Reader:
+    """Something to look at the ledger with."""
+    return Reader(opened(db))
+
+
+# -- which calls --
+
+_FILTERS = (
+    click.option("--tool", help="Only this tool: its full name, or the short one that lists show."),
+    click.option("--status", type=_Status(STATES), help="Only calls that stand so."),
+    click.option("--wf", help="Only this workflow."),
+    click.option("--caller", help="Only calls by this caller."),
+    click.option("--since", type=TIME, help="Only what started then or later: 2h (ago), 2026-05-01T14:30."),
+    click.option("--until", type=TIME, help="Only what started before."),
+    click.option("--search", metavar="TEXT", help="Only with this text in arguments, key, result or error."),
+)
+
+
+def filters(function: Function) -> Function:
+    """Give a command `wanted`: the filter that its options make."""
+
+    @functools.wraps(function)
+    def with_filter(*args: Any, **values: Any) -> Any:
+        fields = {name: values.pop(name) for name in Filter.__slots__}
+        try:
+            wanted = Filter(**fields)
+        except UsageError as error:
+            raise click.UsageError(str(error)) from None
+        return function(*args, wanted=wanted, **values)
+
+    return _applied(with_filter, _FILTERS)  # type: ignore[no-any-return]
+
+
+def as_json(function: Function) -> Function:
+    """Give a command `json`: whether its values are printed as JSON."""
+    option = click.option("--json", is_flag=True, help="Print JSON, in the form that is told below.")
+    return _applied(function, [option])  # type: ignore[no-any-return]
+
+
+def yes(function: Function) -> Function:
+    """Give a command `yes`: whether the answer to its question is given already."""
+    option = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+    return _applied(function, [option])  # type: ignore[no-any-return]
