@@ -26,10 +26,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
+import ledger
 from ledger import Guard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -238,7 +240,7 @@ class AsyncLane(Lane):
     def __init__(self, loop: asyncio.AbstractEventLoop, made: Guard) -> None:
         super().__init__(functools.partial(guarded_async, made))
         self.loop = loop
-        self.awaited = functools.partial(guarded_async, made)
+        self.awaited: Callable[[int], Awaitable[object]] = functools.partial(guarded_async, made)
 
     def firsts(self, count: int) -> float:
         """Median microseconds of `count` first calls."""
@@ -262,6 +264,49 @@ class AsyncLane(Lane):
         for number in numbers:
             await self.awaited(number)
         return (time.perf_counter() - begun) / len(numbers) * 1e6
+
+
+class HopLane(AsyncLane):
+    """Bare sqlite3 for an event loop: both statements in a worker thread, so that the loop never waits."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, floor: Floor) -> None:
+        Lane.__init__(self, floor.first)
+        self.loop = loop
+        self.floor = floor
+        self.worker = ThreadPoolExecutor(1)
+        self.awaited = self._call
+
+    async def _call(self, number: int) -> object:
+        call = call_name(number)
+        args = (call, '{"order":1,"amount":19.99,"currency":"EUR"}')
+        if await self.loop.run_in_executor(self.worker, self.floor.claim, *args):
+            result = json.dumps(charge(number, 19.99, "EUR"))
+            await self.loop.run_in_executor(self.worker, self.floor.settle, call, result)
+        return None
+
+
+class LedgerFloor(Floor):
+    """Bare sqlite3 with the ledger's own tables and statements: what no Python around them can go below."""
+
+    def __init__(self, path: Path) -> None:
+        open_guard(path).check()
+        self.db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+        self.db.execute("PRAGMA synchronous = FULL")
+
+    def first(self, number: int) -> object:
+        """A first call: a claim and a settle with their events, in two transactions."""
+        call, at = call_name(number), time.time_ns() // 1000
+        row = (call, 1, "guard.charge", "default", "pid 1", f"a.{number}", None, "{}", None, at, at, at, 0)
+        self.db.execute("BEGIN IMMEDIATE")
+        self.db.execute(ledger._INSERT_FIRST, row)
+        self._event(call, "claimed")
+        self.db.execute("COMMIT")
+        result = json.dumps(charge(number, 19.99, "EUR"))
+        self.db.execute("BEGIN IMMEDIATE")
+        self.db.execute(ledger._SETTLE_OPEN, ("success", at, result, None, None, call, 1, f"a.{number}"))
+        self._event(call, "success")
+        self.db.execute("COMMIT")
+        return None
 
 
 def guarded(made: Guard, number: int) -> object:
@@ -350,6 +395,8 @@ def bench_one_caller(folder: Path) -> None:
     lanes: dict[str, Lane] = {
         "floor": floor_lane(Floor(folder / "floor.db")),
         "events": floor_lane(Floor(folder / "events.db", events=True)),
+        "own": Lane(LedgerFloor(folder / "own.db").first, lambda _: None),
+        "hop": HopLane(loop, Floor(folder / "hop.db")),
         "full": guard_lane(guards["full"]),
         "async": AsyncLane(loop, guards["async"]),
         "claim": guard_lane(guards["claim"]),
@@ -359,10 +406,13 @@ def bench_one_caller(folder: Path) -> None:
     }
     times = Times(lanes, ROUNDS)
     times.row("first call, of the floor + events", "first", "full", "events", most=1.15)
+    times.row("… bare sqlite3, the ledger's own tables", "first", "own", "events")
     times.row("first call, of the floor", "first", "full", "floor")
     times.row("duplicate replayed", "duplicate", "full", "floor", most=20, of_ratio=False)
     times.row("… as a ratio (20 µs where a SELECT takes 4.3)", "duplicate", "full", "floor", most=4.65)
     times.row("async first call", "first", "async", "floor", most=1.4)
+    times.row("… bare sqlite3 in a worker thread", "first", "hop", "floor")
+    times.row("… of that", "first", "async", "hop")
     times.row("async duplicate", "duplicate", "async", "floor", most=60, of_ratio=False)
     times.row('sync="claim" first, of outcome NORMAL', "first", "claim", "floor claim")
     times.row('sync="claim" first, of the floor', "first", "claim", "floor")

@@ -18,7 +18,7 @@ from ledger_cli.options import command
 )
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion_command(*, shell: str) -> None:
-    """Print the script that makes a shell complete commands and options."""
+    """Print the completion script of a shell."""
     made = get_completion_class(shell)
     root = click.get_current_context().find_root().command
     if made is not None:

@@ -41,9 +41,10 @@ def _tell(record: Record, text: str, *, json: bool) -> None:
 @_NOTE
 @as_json
 def retry_command(*, call: str, db: str | None, note: str, json: bool) -> None:
-    """Release a call: the next identical one runs, although it succeeded or is in doubt.
+    """Release a call: the next identical one runs.
 
-    It runs when the program makes it again, not now. Refused while a run is alive.
+    It may have succeeded or be in doubt. It runs when the program makes it again, not now. Refused while
+    a run is alive.
     """
     store = opened(db)
     record = acts.retry(store, Reader(store).find(call), actor=acts.who(), note=note)
@@ -124,9 +125,9 @@ def clear_command(*, db: str | None, wf: str | None, force: bool, yes: bool, jso
         raise InProgress(
             f"nothing was changed: still running: {_owners(alive)}; wait for them, stop them, or use --force"
         )
-    warning = f" Still running: {_owners(alive)}." if alive else ""
-    question = f"{count:,} calls of {scope} in {store.path} would be forgotten and could run again.{warning}"
-    if not confirmed(f"{question} Forget them?", yes=yes):
+    warning = f", although these still run: {_owners(alive)}" if alive else ""
+    what = f"{count:,} calls of {scope} in {store.path} would be forgotten and could run again{warning}"
+    if not confirmed(what, "Forget them?", yes=yes):
         return FAILURE
     forgotten = acts.clear(store, wf, force=force)
     if json:

@@ -79,8 +79,8 @@ def _matched(wanted: Filter, *, found: bool) -> int:
     "stats",
     examples=("ledger stats", "ledger stats orders.db --wf nightly", "ledger stats --since 1d --json"),
     json_form=(
-        "{actions (calls), attempts, executed, blocked, failed, in_doubt, suspended, running, duplicate_rate, "
-        "tools: {full name: the same}}; duplicate_rate is blocked ÷ attempts, 0 to 1."
+        "{actions (calls), attempts, executed, blocked, failed, in_doubt, suspended, running, "
+        "duplicate_rate, tools: {full name: the same}}; duplicate_rate is blocked ÷ attempts, 0 to 1."
     ),
     codes="3: a filter was given and no call matches it.",
 )
@@ -88,7 +88,9 @@ def _matched(wanted: Filter, *, found: bool) -> int:
 @filters
 @as_json
 def stats_command(*, db: str | None, wanted: Filter, json: bool) -> int:
-    """Add up calls by tool, with the share of duplicates that ran nothing.
+    """Add up calls by tool, with the share of duplicates.
+
+    Of the attempts, so many ran nothing because they were duplicates.
 
     With --since, --until or --status the sums are of the runs that match, else of all.
     """
@@ -108,17 +110,18 @@ def stats_command(*, db: str | None, wanted: Filter, json: bool) -> int:
     "inspect",
     examples=("ledger inspect 3fa9", "ledger inspect 3fa94c0d --db orders.db --json"),
     json_form=(
-        "A call as in `ledger show`, with history: [{run, status, caller, owner, started, ended, seconds, args, "
-        "result, error, trace, released, forced, late, late_at, blocked}], events: [{seq, call, run, kind, at, "
-        "tool, wf, caller, n, detail}] and verdict: what the next identical call gets."
+        "A call as in `ledger show`, with history: [{run, status, caller, owner, started, ended, seconds, "
+        "args, result, error, trace, released, forced, late, late_at, blocked}], events: [{seq, call, run, "
+        "kind, at, tool, wf, caller, n, detail}] and verdict: what the next identical call gets."
     ),
 )
 @click.argument("call")
 @database
 @as_json
 def inspect_command(*, call: str, db: str | None, json: bool) -> None:
-    """Tell all about one call: arguments, runs, timeline, and what the next identical call gets.
+    """Tell all about one call, and what the next one would get.
 
+    That is its arguments, its runs, and every attempt on a timeline.
     CALL is its fingerprint, or as much of the beginning as tells it from others.
     """
     reader = reader_of(db)
@@ -144,7 +147,10 @@ def inspect_command(*, call: str, db: str | None, json: bool) -> None:
 @click.option("--limit", "-n", type=click.IntRange(1), help="How many at most.")
 @as_json
 def doubts_command(*, db: str | None, wanted: Filter, limit: int | None, json: bool) -> int:
-    """List what is in doubt, the oldest first: nobody knows whether it took effect."""
+    """List what is in doubt, the oldest first.
+
+    Nobody knows whether these calls took effect: their process was killed, or lost.
+    """
     reader = reader_of(db)
     found = reader.doubts(wanted)
     screen = Screen()
@@ -168,7 +174,10 @@ def doubts_command(*, db: str | None, wanted: Filter, limit: int | None, json: b
     "--max-chars", type=click.IntRange(1), default=2000, show_default=True, help="How long it may get."
 )
 def brief_command(*, db: str | None, wf: str | None, max_chars: int) -> None:
-    """Say in short what was done, what runs and what is in doubt, for a model's context."""
+    """Say in short what was done, what runs and what is in doubt.
+
+    It is meant for a model's context, after a compaction or a resume.
+    """
     from ledger_ops.brief import brief
 
     Screen().line(brief(reader_of(db), wf=wf, max_chars=max_chars))
@@ -186,8 +195,8 @@ def brief_command(*, db: str | None, wf: str | None, max_chars: int) -> None:
         "ledger tail --no-follow",
     ),
     json_form=(
-        "A line for each event: {seq, call, run, kind, at, tool, wf, caller, n, detail}; n attempts that were "
-        "blocked are told in one."
+        "A line for each event: {seq, call, run, kind, at, tool, wf, caller, n, detail}; n attempts that "
+        "were blocked are told in one."
     ),
     codes="3: with --no-follow, a filter was given and no event matches it.",
 )

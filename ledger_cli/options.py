@@ -60,21 +60,26 @@ def _applied(function: Any, options: Sequence[Callable[[Any], Any]]) -> Any:
 # -- values --
 
 
-class _Read(click.ParamType):
-    """A value that a function of ours reads; what it refuses is a usage error."""
+def _reads(read: Callable[[str], int]) -> Callable[[Any], int]:
+    """A type of option that a function of ours reads; what it refuses is a usage error."""
 
-    def __init__(self, name: str, read: Callable[[str], int]) -> None:
-        self.name = name
-        self._read = read
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The value, read."""
-        if isinstance(value, int):
-            return value
+    def convert(value: Any) -> int:
         try:
-            return self._read(value)
+            return value if isinstance(value, int) else read(value)
         except (UsageError, OverflowError, OSError) as error:
-            self.fail(str(error), param, ctx)
+            raise click.BadParameter(str(error)) from None
+
+    return convert
+
+
+def _seconds(text: str) -> int:
+    return _positive_span(f"{text}s" if text.replace(".", "", 1).isdigit() else text)
+
+
+def _positive_span(text: str) -> int:
+    if (found := parse_span(text)) <= 0:
+        raise UsageError(f"{text!r} is no time at all; write it like 90s, 15m, 2h, 30d or 1h30m")
+    return found
 
 
 class _Status(click.Choice[str]):
@@ -86,8 +91,10 @@ class _Status(click.Choice[str]):
         return super().convert(_ALIASES.get(lowered, lowered), param, ctx)
 
 
-SPAN = _Read("span", parse_span)
-TIME = _Read("time", parse_time)
+SPAN = _reads(_positive_span)
+#: a span too, where a bare number is one of seconds
+SECONDS = _reads(_seconds)
+TIME = _reads(parse_time)
 
 
 # -- which ledger --
@@ -150,8 +157,10 @@ _FILTERS = (
     click.option("--status", type=_Status(STATES), help="Only calls that stand so."),
     click.option("--wf", help="Only this workflow."),
     click.option("--caller", help="Only calls by this caller."),
-    click.option("--since", type=TIME, help="Only what started then or later: 2h (ago), 2026-05-01T14:30."),
-    click.option("--until", type=TIME, help="Only what started before."),
+    click.option(
+        "--since", type=TIME, metavar="TIME", help="Only what started since: 2h (ago), 2026-05-01T14:30."
+    ),
+    click.option("--until", type=TIME, metavar="TIME", help="Only what started before."),
     click.option("--search", metavar="TEXT", help="Only with this text in arguments, key, result or error."),
 )
 

@@ -1,9 +1,9 @@
-"""What commands say in sentences and blocks: values in, rich text out. Everything recorded is made harmless."""
+"""What commands say in sentences and blocks: values in, rich text out; what others wrote is made harmless."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.text import Text
@@ -82,8 +82,8 @@ def _moment(event: Event) -> Text:
 # -- one call --
 
 
-def detail(found: Detail, holders: dict[int, str]) -> Iterator[Text]:
-    """All that is known of one call; `holders` says where the owner of each run lives."""
+def detail(found: Detail, holders: Mapping[int, str]) -> Iterator[Text]:
+    """All that is known of one call; `holders` says where the owner of each run lives, or lived."""
     record = found.record
     yield _field("call", Text(record.call, "bold"))
     yield _field("tool", printable(record.tool))
@@ -96,7 +96,8 @@ def detail(found: Detail, holders: dict[int, str]) -> Iterator[Text]:
     if found.runs:
         yield Text("\nruns", "bold")
         for run in found.runs:
-            yield from _run(run, holders.get(run.run, ""))
+            is_over = run.run == record.run and record.in_doubt
+            yield from _run(run, "in_doubt" if is_over else run.status, holders[run.run])
     yield Text("\ntimeline", "bold")
     yield from map(_moment, found.events)
     if not found.events:
@@ -110,20 +111,20 @@ def _field(name: str, value: str | Text) -> Text:
 def _standing(record: Record) -> Text:
     counts = f"   attempts {record.attempts:,} · executed {record.runs:,} · blocked {record.blocked:,}"
     released = "   released" if record.released else ""
-    return Text.assemble(tuple(status_cell(state_of(record))), counts, released)
+    cell = status_cell(state_of(record))
+    return Text.assemble((cell.text, cell.style), counts, released)
 
 
-def _run(run: Run, holder: str) -> Iterator[Text]:
-    state = "in_doubt" if run.status == "doubt" else run.status
+def _run(run: Run, status: str, holder: str) -> Iterator[Text]:
+    state = "in_doubt" if status == "doubt" else status
     sign, style = SIGNS.get(state, "·"), STYLES.get(state, "")
     text = Text.assemble(
         f"  {run.run:>3}  ", (f"{sign} {state.replace('_', ' ')}", style), f"  {clock(run.started)}"
     )
     if run.ended is not None:
         text.append(f" + {span(run.ended - run.started)}")
-    text.append(f"  by {printable(run.caller)}")
-    if holder and holder != run.caller:
-        text.append(f" in {printable(holder)}")
+    # who gave no name is known by the process
+    text.append(f"  by {printable(holder if holder.startswith(run.caller) else f'{run.caller} in {holder}')}")
     text.append("".join(f"  {word}" for word in ("forced", "released") if getattr(run, word)), "magenta")
     text.append(f"  blocked {run.blocked:,}" if run.blocked else "", "yellow")
     yield text

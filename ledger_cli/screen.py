@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 
@@ -160,20 +160,21 @@ def note(text: str) -> None:
     click.echo(text, err=True)
 
 
-def confirmed(question: str, *, yes: bool, changed: str = "nothing was changed") -> bool:
-    """Whether the person says yes. Nobody is asked in a pipe: --yes must say it there."""
+def confirmed(what: str, ask: str, *, yes: bool) -> bool:
+    """Whether the person agrees to what would happen. In a pipe nobody is asked: --yes must say it there."""
     if yes:
         return True
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        note(f"Error: {question} {changed}: nobody can be asked here; add --yes if that is meant")
+        note(f"Error: nothing was changed: {what}; nobody can be asked here, add --yes if that is meant")
         return False
     try:
-        if click.confirm(question, err=True):
-            return True
+        agreed = click.confirm(f"{what}. {ask}", err=True)
     except click.Abort:
         note("")
-    note(changed)
-    return False
+        agreed = False
+    if not agreed:
+        note("nothing was changed")
+    return agreed
 
 
 @contextmanager
@@ -193,10 +194,3 @@ def progress(what: str) -> Iterator[Progress]:
             bars.update(bar, total=steps.total or None, completed=steps.done)
 
         yield Progress(tell=tell)
-
-
-def watched(lines: Iterable[str], told: Callable[[str], object]) -> Iterator[str]:
-    """The same lines, each told of as it passes."""
-    for line in lines:
-        told(line)
-        yield line

@@ -128,6 +128,10 @@ def _permissions(store: SqliteStore) -> Finding:
 
 def _durability(store: SqliteStore) -> Finding:
     mode = store.browse("PRAGMA journal_mode")[0][0]
+    if mode == "delete":
+        return Finding(
+            "durability", ok=True, what="a copy that no guard has written to yet: the first one begins a log"
+        )
     if mode == "wal":
         what = 'write-ahead log; each guard chooses what is fsynced: Guard(sync="full") by default'
         return Finding("durability", ok=True, what=what)

@@ -105,10 +105,12 @@ def _old_calls(store: SqliteStore, before: int) -> Iterator[tuple[list[str], int
     while after < last:
         upto = min(after + _BATCH, last)
         rows = store.browse(
-            "SELECT call FROM runs WHERE id > ? AND id <= ? AND started < ? AND status <> 'running'",
+            # by its latest run, so that each call comes once
+            "SELECT call FROM runs AS r WHERE id > ? AND id <= ? AND started < ? AND status <> 'running'"
+            " AND NOT EXISTS (SELECT 1 FROM runs AS l WHERE l.call = r.call AND l.run > r.run)",
             (after, upto, before),
         )
-        yield list(dict.fromkeys(row[0] for row in rows)), upto
+        yield [row[0] for row in rows], upto
         after = upto
 
 

@@ -9,19 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ledger import UsageError
-from ledger_ops import acts
-from ledger_ops.transfer import export
-from ledger_ops.values import iso, record_dict
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
+from ledger import UsageError
 from ledger_dashboard.figures import overview
 from ledger_dashboard.live import event_dict
 from ledger_dashboard.query import count_of, filter_of, text_of, time_of
 from ledger_dashboard.source import Opened
+from ledger_ops import acts
+from ledger_ops.transfer import export
+from ledger_ops.values import iso, record_dict
 
 #: a search goes back for so long, then says how far it got
 SEARCH_SECONDS = 0.06
@@ -51,9 +51,7 @@ async def get_calls(request: Request) -> Response:
     wanted, cursor = filter_of(request), text_of(request, "cursor")
     limit = max(count_of(request, "limit", _PAGE, _MOST_PAGE), 1)
     reader = (await opened_for(request)).reader
-    found = await run_in_threadpool(
-        reader.calls, wanted, limit=limit, cursor=cursor, seconds=SEARCH_SECONDS
-    )
+    found = await run_in_threadpool(reader.calls, wanted, limit=limit, cursor=cursor, seconds=SEARCH_SECONDS)
     return JSONResponse(
         {
             "calls": [record_dict(record) for record in found.records],
@@ -132,7 +130,9 @@ async def resolve(request: Request) -> Response:
         try:
             json.loads(result)
         except ValueError as error:
-            raise HTTPException(400, f"the result is not JSON ({error}); text needs quotes around it") from None
+            raise HTTPException(
+                400, f"the result is not JSON ({error}); text needs quotes around it"
+            ) from None
     return await _act(
         request, acts.resolve, done=asked["done"], note=asked.get("note", ""), result_json=result
     )

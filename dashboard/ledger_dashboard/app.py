@@ -7,9 +7,6 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from ledger import InProgress, LedgerError, StoreError, UsageError
-from ledger_ops.acts import who
-from ledger_ops.reader import NoLedger, NoSuchCall
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -19,10 +16,13 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from ledger import InProgress, LedgerError, StoreError, UsageError
 from ledger_dashboard import api, live, metrics, pages
 from ledger_dashboard.render import refusal
 from ledger_dashboard.security import LOOPBACK, Keys, Shield, add_headers
 from ledger_dashboard.source import Source
+from ledger_ops.acts import who
+from ledger_ops.reader import NoLedger, NoSuchCall
 
 
 class Desk:
@@ -40,7 +40,11 @@ class Assets(StaticFiles):
     """Static files, looked at again each time: an upgrade must not meet an old script."""
 
     def file_response(
-        self, full_path: str | os.PathLike[str], stat_result: os.stat_result, scope: Scope, status_code: int = 200
+        self,
+        full_path: str | os.PathLike[str],
+        stat_result: os.stat_result,
+        scope: Scope,
+        status_code: int = 200,
     ) -> Response:
         """A file, or that it has not changed."""
         answer = super().file_response(full_path, stat_result, scope, status_code)
@@ -73,11 +77,7 @@ def create_app(
     app = Starlette(
         routes=ROUTES,
         middleware=[Middleware(Shield, keys=keys, hosts=tuple(allowed_hosts), read_only=read_only)],
-        exception_handlers={
-            LedgerError: _ledger_error,
-            HTTPException: _http_error,
-            Exception: _unexpected,
-        },
+        exception_handlers={LedgerError: _ledger_error, HTTPException: _http_error, Exception: _unexpected},
         lifespan=lifespan,
     )
     app.state.desk = desk

@@ -11,11 +11,11 @@ import webbrowser
 from collections.abc import Sequence
 
 import uvicorn
-from ledger import LedgerError
-from ledger_ops.reader import open_store
 
+from ledger import LedgerError
 from ledger_dashboard.app import CHANGING, create_app
 from ledger_dashboard.security import hosts_for, is_loopback
+from ledger_ops.reader import open_store
 
 _STOP_SECONDS = 2
 
@@ -66,8 +66,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Show a ledger in the browser.",
         epilog="example: ledger-dashboard ledger.db --open",
     )
-    parser.add_argument("db", nargs="?", help="path or URL of the ledger (default: LEDGER_DB, else ./ledger.db)")
-    parser.add_argument("--port", type=_port, default=4242, help="where to listen (4242; 0: any that is free)")
+    parser.add_argument(
+        "db", nargs="?", help="path or URL of the ledger (default: LEDGER_DB, else ./ledger.db)"
+    )
+    parser.add_argument(
+        "--port", type=_port, default=4242, help="where to listen (4242; 0: any that is free)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (127.0.0.1: this machine alone)")
     parser.add_argument("--open", action="store_true", help="open it in the browser")
     parser.add_argument("--read-only", action="store_true", help="leave out what changes the ledger")
@@ -103,7 +107,9 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _url(host: str, port: int) -> str:
-    name = {"127.0.0.1": "localhost", "": "localhost", "0.0.0.0": "localhost", "::": "localhost"}.get(host, host)  # noqa: S104 - shown
+    name = {"127.0.0.1": "localhost", "": "localhost", "0.0.0.0": "localhost", "::": "localhost"}.get(
+        host, host
+    )  # noqa: S104 - shown
     return f"http://[{name}]:{port}/" if ":" in name else f"http://{name}:{port}/"
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ledger import UsageError
-from ledger_ops.rollup import Series, WorkflowRow
-from ledger_ops.values import Gap, Sums, iso
-
 from ledger_dashboard.query import now
 from ledger_dashboard.render import short_names
 from ledger_dashboard.source import Opened
+from ledger_ops.rollup import Series, WorkflowRow
+from ledger_ops.values import Gap, Sums, iso
 
 _MINUTE, _DAY = 60_000_000, 86_400_000_000
 _POINTS = 120

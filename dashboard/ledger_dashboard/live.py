@@ -8,16 +8,16 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import contextmanager
 from typing import Any
 
-from ledger import LedgerError
-from ledger_ops.values import Event, Filter
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ledger import LedgerError
 from ledger_dashboard.query import count_of, filter_of
 from ledger_dashboard.render import short_names
 from ledger_dashboard.source import Opened, Source
+from ledger_ops.values import Event, Filter
 
 POLL_SECONDS = 0.5
 #: events of one message, and messages that wait for a slow page

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 
-from ledger import LedgerError, Status
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from ledger import LedgerError, Status
 from ledger_dashboard.source import Opened, Source
 
 _TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -23,7 +23,12 @@ _BY_TOOL = (
     ("ledger_blocked_total", "counter", "Attempts that ran nothing: duplicates prevented.", "blocked"),
     ("ledger_calls_failed", "gauge", "Calls whose latest run failed.", "failed"),
     ("ledger_calls_suspended", "gauge", "Calls whose latest run suspended itself.", "suspended"),
-    ("ledger_calls_in_doubt", "gauge", "Calls that wait for a person: nobody knows how they ended.", "in_doubt"),
+    (
+        "ledger_calls_in_doubt",
+        "gauge",
+        "Calls that wait for a person: nobody knows how they ended.",
+        "in_doubt",
+    ),
     ("ledger_calls_running", "gauge", "Calls that run now.", "running"),
 )
 
@@ -90,9 +95,7 @@ def _doubts(opened: Opened) -> Iterator[str]:
     yield from _metric("ledger_events_total", "counter", "Events that were ever recorded.", [({}, seq)])
 
 
-def _metric(
-    name: str, kind: str, text: str, values: Iterable[tuple[dict[str, str], float]]
-) -> Iterator[str]:
+def _metric(name: str, kind: str, text: str, values: Iterable[tuple[dict[str, str], float]]) -> Iterator[str]:
     yield f"# HELP {name} {text}"
     yield f"# TYPE {name} {kind}"
     for labels, value in values:

@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import urlencode
 
-import ledger
-from ledger import Record
-from ledger_ops.values import Filter, clock
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
+import ledger
+from ledger import Record
 from ledger_dashboard.api import SEARCH_SECONDS, opened_for
 from ledger_dashboard.figures import overview, share
-from ledger_dashboard.query import FIELDS, filter_of, text_of, time_of
+from ledger_dashboard.query import FIELDS, count_of, filter_of, text_of, time_of
 from ledger_dashboard.render import page, short_names
 from ledger_dashboard.source import Opened
+from ledger_ops.values import Filter, clock
 
-_CALLS, _DOUBTS, _EVENTS, _TIMELINE = 50, 50, 100, 500
+_CALLS, _MOST_CALLS, _DOUBTS, _EVENTS, _TIMELINE = 50, 300, 50, 100, 500
 #: the badge of the menu may be so old: it is on every page
 _BADGE_SECONDS = 10.0
 _RANGES = (("1h", "1 hour"), ("24h", "24 hours"), ("7d", "7 days"), ("30d", "30 days"), ("all", "all"))
@@ -43,10 +43,12 @@ async def get_overview(request: Request) -> Response:
 async def get_calls(request: Request) -> Response:
     """Calls by filter, newest first."""
     wanted, cursor = filter_of(request), text_of(request, "cursor")
+    # a page that is open asks for the rows that came since, and those that it has
+    rows = max(count_of(request, "rows", _CALLS, _MOST_CALLS), 1)
     opened = await opened_for(request)
 
     def gather() -> dict[str, Any]:
-        found = opened.reader.calls(wanted, limit=_CALLS, cursor=cursor, seconds=SEARCH_SECONDS)
+        found = opened.reader.calls(wanted, limit=rows, cursor=cursor, seconds=SEARCH_SECONDS)
         return {
             "found": found,
             "reached": clock(found.reached) if found.reached is not None else None,
@@ -124,10 +126,12 @@ async def _answer(request: Request, view: str, opened: Opened, gather: Any, **va
         seq = opened.reader.last_seq()  # before anything else is read: what comes later is told by the stream
         gathered = gather()
         doubts = opened.stats(_BADGE_SECONDS).total.in_doubt
-        return page(
+        answer = page(
             request, f"{view}.html", fragment=f"_{view}.html", active=view, seq=seq, doubts=doubts,
             **values, **gathered,
         )  # fmt: skip
+        answer.headers["X-Ledger-Doubts"] = str(doubts)  # for the menu of a page that is patched
+        return answer
 
     return await run_in_threadpool(make)
 
@@ -146,7 +150,8 @@ def _choices(opened: Opened, records: list[Record]) -> dict[str, Any]:
 
 def _with(request: Request, **params: str) -> str:
     """This query with other values."""
-    kept = {name: value for name, value in request.query_params.items() if value and name not in params}
+    dropped = {"rows", *params}
+    kept = {name: value for name, value in request.query_params.items() if value and name not in dropped}
     return urlencode({**kept, **params})
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from typing import cast
 
+from starlette.requests import Request
+
 from ledger import UsageError
 from ledger_ops.values import Filter, State, parse_time
-from starlette.requests import Request
 
 FIELDS = ("tool", "status", "wf", "caller", "since", "until", "search")
 _LONGEST = 400

@@ -7,12 +7,13 @@ import secrets
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import ledger
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from ledger_ops.values import clock, iso, printable, span, state_of
 from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
+
+import ledger
+from ledger_ops.values import clock, iso, printable, span, state_of
 
 if TYPE_CHECKING:
     from ledger_dashboard.app import Desk
@@ -221,9 +222,10 @@ def page(
 def refusal(request: Request, status: int, what: str, advice: str) -> Response:
     """An error in the form that was asked for: what happened, and what to do next."""
     path = request.scope["path"].removeprefix(base_of(request))
-    if path.startswith(("/api/", "/health", "/metrics")) or "text/html" not in request.headers.get(
-        "accept", "text/html"
-    ):
+    wants_html = (
+        "text/html" in request.headers.get("accept", "text/html") and "hx-request" not in request.headers
+    )
+    if path.startswith(("/api/", "/health", "/metrics")) or not wants_html:
         return JSONResponse({"error": what, "advice": advice}, status)
     html = _environment.get_template("error.html").render(
         status=status, what=what, advice=advice, base=base_of(request), again=status == 503,

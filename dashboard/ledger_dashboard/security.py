@@ -83,9 +83,7 @@ def _mac(key: bytes, text: str) -> str:
 
 
 def _same(given: str, expected: str) -> bool:
-    return hmac.compare_digest(
-        given.encode(errors="surrogatepass"), expected.encode(errors="surrogatepass")
-    )
+    return hmac.compare_digest(given.encode(errors="surrogatepass"), expected.encode(errors="surrogatepass"))
 
 
 def cookie_name(request: Request, what: str) -> str:
@@ -122,6 +120,7 @@ class Shield:
         if scope["type"] != "http":  # there are no web sockets here
             await Response(status_code=404)(scope, receive, send)
             return
+        scope["ledger_base"] = scope.get("root_path", "")  # inside of /static it is another
         request = Request(scope)
         answer = self._refusal(request)
         await (answer or self.app)(scope, receive, send_guarded)

@@ -1,0 +1,508 @@
+// What the pages do beyond HTML: follow the ledger, draw the chart, ask before a change. One function per view.
+// Everything recorded is set as text, never as HTML.
+"use strict";
+
+const page = document.body.dataset;
+const byId = (id) => document.getElementById(id);
+const count = new Intl.NumberFormat("en-US");
+const plural = (n, word) => `${count.format(n)} ${word}${n === 1 ? "" : "s"}`;
+
+// -- the server --
+
+async function api(path, body) {
+  const options = { headers: { Accept: "application/json" } };
+  if (body !== undefined) {
+    options.method = "POST";
+    options.body = JSON.stringify(body);
+    options.headers["Content-Type"] = "application/json";
+    options.headers["X-CSRF-Token"] = document.querySelector('meta[name="csrf-token"]').content;
+  }
+  const answer = await fetch(path, options);
+  const found = await answer.json().catch(() => ({}));
+  if (!answer.ok) throw new Error(sentence(found.error || `the server answered ${answer.status}`, found.advice));
+  return found;
+}
+
+function sentence(what, advice) {
+  const text = what[0].toUpperCase() + what.slice(1);
+  return advice ? `${text}. ${advice}` : `${text}.`;
+}
+
+// -- following the ledger --
+
+function linkState(state, words) {
+  byId("link-state").dataset.state = state;
+  if (byId("link-words").textContent !== words) byId("link-words").textContent = words;
+}
+
+// Server-sent events from where this page stands. A hidden tab hangs up: browsers allow six connections
+// to one server, and a seventh tab would wait for ever.
+function follow(onEvents) {
+  let seq = Number(page.seq);
+  let source = null;
+  let again = 0;
+  let wasLost = false;
+
+  function open() {
+    close();
+    const url = new URL(page.stream, location.href);
+    const asked = new URLSearchParams(location.search);
+    for (const name of ["tool", "wf", "caller"]) if (asked.get(name)) url.searchParams.set(name, asked.get(name));
+    url.searchParams.set("after", seq);
+    source = new EventSource(url);
+    source.addEventListener("hello", () => {
+      linkState("live", "live");
+      if (wasLost) onEvents([]);
+      wasLost = false;
+    });
+    for (const kind of ["events", "missed"]) {
+      source.addEventListener(kind, (message) => {
+        seq = Number(message.lastEventId);
+        onEvents(JSON.parse(message.data), kind === "missed");
+      });
+    }
+    source.addEventListener("gone", () => lost("ledger is gone"));
+    source.addEventListener("back", () => location.reload());
+    source.addEventListener("error", () => {
+      lost("disconnected");
+      if (source.readyState === EventSource.CLOSED) again = setTimeout(open, 3000);
+    });
+  }
+
+  function lost(words) {
+    wasLost = true;
+    linkState("lost", words);
+  }
+
+  function close() {
+    clearTimeout(again);
+    if (source) source.close();
+    source = null;
+  }
+
+  document.addEventListener("visibilitychange", () => {
+    if (document.hidden) {
+      close();
+      linkState("starting", "asleep");
+    } else open();
+  });
+  document.addEventListener("htmx:after:history:push", open);
+  addEventListener("pagehide", close);
+  addEventListener("pageshow", (shown) => shown.persisted && open());
+  open();
+}
+
+// Calls `work` soon after `ask()`, and never for more than a tenth of the time.
+function gently(work) {
+  let due = 0;
+  let earliest = 0;
+  let running = false;
+
+  async function run() {
+    due = 0;
+    running = true;
+    const begun = performance.now();
+    await work().catch(() => {}); // the badge tells of a lost server
+    const ended = performance.now();
+    running = false;
+    earliest = ended + Math.max(1000, 10 * (ended - begun));
+  }
+
+  return function ask() {
+    if (due || document.hidden) return;
+    due = setTimeout(() => (running ? (due = 0, ask()) : run()), Math.max(earliest - performance.now(), running ? 200 : 0));
+  };
+}
+
+// Patch the page from the server's own HTML: what did not change stays, and with it scroll and selection.
+async function refresh(more = {}) {
+  const region = byId("live-region");
+  const before = new Set([...region.querySelectorAll("[id]")].map((element) => element.id));
+  const url = new URL(location.href);
+  for (const [name, value] of Object.entries(more)) url.searchParams.set(name, value);
+  await htmx.ajax("GET", url.pathname + url.search, { target: region, swap: "innerMorph" });
+  for (const row of region.querySelectorAll("tr[id^='c-'], li[id^='e-'], li[id^='d-']")) {
+    if (!before.has(row.id)) row.classList.add("fresh");
+  }
+}
+
+// Doubts come up without an event, when a lease is over: look now and then.
+function keepFresh(ask) {
+  setInterval(ask, 10_000);
+}
+
+// -- views --
+
+const views = {
+  overview() {
+    const chart = activity();
+    const ask = gently(async () => {
+      await refresh();
+      await chart.load();
+      if (byId("view-state").dataset.ready === "0") setTimeout(ask, 500);
+    });
+    follow(ask);
+    keepFresh(ask);
+    chart.load().catch(() => {});
+    if (byId("view-state").dataset.ready === "0") ask();
+  },
+
+  calls() {
+    let more = 0;
+    const ask = gently(async () => {
+      // rows that are being read stay: the list grows by what came, up to a limit
+      const rows = document.querySelectorAll("#rows > tr").length;
+      const wanted = Math.min(Math.max(rows + more, 50), 300);
+      more = 0;
+      await refresh({ rows: wanted });
+    });
+    follow((events) => {
+      more += events.filter((event) => event.kind === "claimed").length;
+      ask();
+    });
+    keepFresh(ask);
+    filterForm();
+  },
+
+  call() {
+    const ask = gently(() => refresh());
+    const call = byId("live-region").dataset.call;
+    follow((events, missed) => {
+      if (missed || !events.length || events.some((event) => event.call === call || event.kind === "reset")) ask();
+    });
+    keepFresh(ask);
+  },
+
+  doubts() {
+    const ask = gently(() => refresh());
+    const telling = new Set(["doubt", "late", "resolved", "released", "reset", "claimed"]);
+    follow((events, missed) => {
+      if (missed || !events.length || events.some((event) => telling.has(event.kind))) ask();
+    });
+    keepFresh(ask);
+  },
+
+  live() {
+    const held = [];
+    let paused = false;
+    const button = byId("pause");
+
+    function told() {
+      byId("held").textContent = paused ? `paused, ${plural(held.length, "event")} waiting` : "";
+    }
+
+    button.addEventListener("click", () => {
+      paused = !paused;
+      button.setAttribute("aria-pressed", String(paused));
+      button.textContent = paused ? "Go on" : "Pause";
+      if (!paused) showEvents(held.splice(0));
+      told();
+    });
+    follow((events, missed) => {
+      if (missed) byId("announce").textContent = "Some events came too fast to be shown here.";
+      if (!paused) return showEvents(events);
+      held.push(...events);
+      held.splice(0, Math.max(held.length - 1000, 0));
+      told();
+    });
+  },
+};
+
+// -- live --
+
+const TONES = {
+  claimed: "running", success: "success", ran: "success", failed: "failed", raised: "failed", suspended: "suspended",
+  doubt: "in_doubt", blocked: "blocked", late: "in_doubt", resolved: "success", released: "running",
+};
+
+function showEvents(events) {
+  const list = byId("events");
+  const made = events.slice(-300).map(eventRow).reverse();
+  list.prepend(...made);
+  while (list.children.length > 300) list.lastElementChild.remove();
+  if (made.length) byId("live-empty").hidden = true;
+}
+
+function eventRow(event) {
+  const row = byId("event-template").content.firstElementChild.cloneNode(true);
+  const [time, badge, link, times] = ["time", ".badge", "a", "b"].map((part) => row.querySelector(part));
+  const at = new Date(event.at);
+  time.dateTime = event.at;
+  time.title = at.toLocaleString();
+  time.textContent = at.toLocaleTimeString("en-GB");
+  badge.textContent = event.kind;
+  badge.classList.add(TONES[event.kind] || "plain");
+  if (event.call) {
+    link.href = byId("events").dataset.callUrl.replace("CALL", encodeURIComponent(event.call));
+    link.textContent = printable(event.name || event.call.slice(0, 12));
+    link.title = printable(event.tool || "");
+  }
+  times.textContent = event.n > 1 ? `× ${event.n}` : "";
+  row.querySelector(".event-who").textContent = printable([event.wf, event.caller].filter(Boolean).join(" · "));
+  row.querySelector(".event-detail").textContent = printable((event.detail || "").slice(0, 160));
+  row.classList.add("fresh");
+  return row;
+}
+
+// Recorded text must not turn the reading direction or hide characters.
+function printable(text) {
+  return text.replace(/[\p{C}\u2028\u2029]/gu, (char) => `\\u${char.codePointAt(0).toString(16).padStart(4, "0")}`);
+}
+
+// -- calls --
+
+function filterForm() {
+  const problem = byId("filter-error");
+  document.addEventListener("htmx:config:request", (event) => {
+    const body = event.detail.ctx.request.body;
+    if (!body || !body.keys) return;
+    for (const name of [...body.keys()]) if (!body.get(name)) body.delete(name); // a short URL
+  });
+  document.addEventListener("htmx:response:error", (event) => {
+    const { status } = event.detail.ctx.response;
+    if (status >= 500) return;
+    const found = JSON.parse(event.detail.ctx.text || "{}");
+    problem.textContent = sentence(found.error || `the server answered ${status}`, found.advice);
+    problem.hidden = false;
+  });
+  document.addEventListener("htmx:after:swap", () => {
+    problem.hidden = true;
+  });
+  document.addEventListener("htmx:after:history:push", () => {
+    const rows = document.querySelectorAll("#rows > tr").length;
+    byId("announce").textContent = rows ? `${plural(rows, "call")} shown` : "No call fits this filter";
+  });
+}
+
+// -- overview: the chart --
+
+function activity() {
+  let plot = null;
+  let shown = null;
+
+  function color(name) {
+    return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  }
+
+  function words(figures, text) {
+    for (const name of ["executed", "blocked", "failed"]) byId(`range-${name}`).textContent = count.format(figures[name]);
+    byId("range-words").textContent = text;
+  }
+
+  function day(seconds) {
+    const options = { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit", hour12: false };
+    return new Date(seconds * 1000).toLocaleString("en-US", options);
+  }
+
+  function total() {
+    const { chart, range } = shown;
+    words(range, `${day(Date.parse(chart.since) / 1000)} – ${day(Date.parse(chart.until) / 1000)}`);
+  }
+
+  function hover(u) {
+    const { chart } = shown;
+    const i = u.cursor.idx;
+    if (i == null || u.cursor.left < 0) return total();
+    const figures = { executed: chart.executed[i], blocked: chart.blocked[i], failed: chart.failed[i] };
+    words(figures, `${day(chart.at[i])}, ${stepWords(chart.step_seconds)}`);
+  }
+
+  function stepWords(seconds) {
+    const [size, unit] = seconds >= 86_400 ? [86_400, "day"] : seconds >= 3600 ? [3600, "hour"] : [60, "minute"];
+    return plural(seconds / size, unit);
+  }
+
+  // bars stand on each other: each layer is drawn as a sum, the later ones over the earlier
+  function layers({ at, executed, blocked, failed }) {
+    const both = executed.map((n, i) => n + blocked[i]);
+    return [at, both.map((n, i) => n + failed[i]), both, executed];
+  }
+
+  function draw() {
+    const box = byId("chart");
+    if (!box || !shown) return;
+    if (plot) plot.destroy();
+    const { chart } = shown;
+    const bars = uPlot.paths.bars({ size: [0.86, 40], align: 1 });
+    const layer = (name) => ({ label: name, stroke: color(`--chart-${name}`), fill: color(`--chart-${name}`), width: 0, paths: bars, points: { show: false } });
+    const axis = { stroke: color("--muted"), font: "12px system-ui, sans-serif", grid: { stroke: color("--chart-grid"), width: 1 }, ticks: { show: false } };
+    plot = new uPlot(
+      {
+        width: box.clientWidth, height: box.clientHeight, legend: { show: false },
+        padding: [8, 8, 0, 0],
+        cursor: { y: false, points: { show: false }, drag: { x: true, y: false, setScale: false } },
+        scales: {
+          x: { range: [Date.parse(chart.since) / 1000, Date.parse(chart.until) / 1000] },
+          y: { range: (_, __, most) => [0, Math.max(most * 1.08, 4)] },
+        },
+        axes: [
+          { ...axis, grid: { show: false }, values: ticks, space: 72 },
+          { ...axis, size: 56, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 1e7, 1e8], values: (_, at) => at.map(short) },
+        ],
+        series: [{}, layer("failed"), layer("blocked"), layer("executed")],
+        hooks: { setSelect: [select], setCursor: [hover] },
+      },
+      layers(chart),
+      box,
+    );
+    total();
+  }
+
+  function ticks(_, at, __, ___, step) {
+    const options = step >= 86_400 ? { month: "short", day: "numeric" } : { hour: "2-digit", minute: "2-digit", hour12: false };
+    return at.map((seconds) => new Date(seconds * 1000).toLocaleString("en-US", options));
+  }
+
+  function short(n) {
+    return n >= 1e6 ? `${n / 1e6} M` : n >= 1e3 ? `${n / 1e3} k` : String(n);
+  }
+
+  function select(u) {
+    if (u.select.width < 5) return;
+    const [from, to] = [u.select.left, u.select.left + u.select.width].map((x) => u.posToVal(x, "x"));
+    u.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
+    const middle = (from + to) / 2;
+    const half = Math.max(to - from, 60) / 2; // figures are counted by the minute
+    const iso = (seconds) => new Date(Math.round(seconds) * 1000).toISOString().replace(".000", "");
+    go(`?since=${iso(middle - half)}&until=${iso(middle + half)}`);
+  }
+
+  function go(search) {
+    history.pushState({}, "", location.pathname + search);
+    load().catch(() => {});
+  }
+
+  async function load() {
+    const url = new URL(page.overview, location.href);
+    const asked = new URLSearchParams(location.search);
+    for (const name of ["since", "until"]) if (asked.get(name)) url.searchParams.set(name, asked.get(name));
+    mark(asked);
+    const found = await api(url);
+    const same = shown && plot && shown.chart.since === found.chart.since && shown.chart.until === found.chart.until;
+    shown = found;
+    if (same && byId("chart").contains(plot.root)) {
+      plot.setData(layers(found.chart), false);
+      plot.setScale("x", { min: Date.parse(found.chart.since) / 1000, max: Date.parse(found.chart.until) / 1000 });
+      total();
+    } else draw();
+  }
+
+  function mark(asked) {
+    const chosen = asked.get("until") ? null : asked.get("since");
+    for (const link of document.querySelectorAll(".ranges a")) {
+      if (link.dataset.since === chosen) link.setAttribute("aria-current", "true");
+      else link.removeAttribute("aria-current");
+    }
+    const reset = byId("range-reset");
+    if (reset) reset.hidden = !asked.has("since") && !asked.has("until");
+  }
+
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest(".ranges a, #range-reset");
+    if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    go(link.search);
+  });
+  addEventListener("popstate", () => load().catch(() => {}));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  addEventListener("resize", () => plot && plot.setSize({ width: byId("chart").clientWidth, height: byId("chart").clientHeight }));
+  return { load };
+}
+
+// -- deciding about a call --
+
+const ACTS = {
+  retry: {
+    title: "Retry this call?", confirm: "Retry",
+    words: "It is released: the next identical call runs once more, even if this one took effect. Nothing runs by itself now.",
+  },
+  done: {
+    title: "Mark this call as done?", confirm: "Mark done",
+    words: "You say that its effect happened. Identical calls are blocked from now on.",
+  },
+  not_done: {
+    title: "Mark this call as not done?", confirm: "Mark not done",
+    words: "You say that its effect did not happen. The next identical call runs.",
+  },
+};
+
+function decisions() {
+  const dialog = byId("act");
+  if (!dialog) return;
+  let asked = null;
+
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("button[data-act]");
+    if (!button) return;
+    asked = button.dataset;
+    const act = ACTS[asked.act];
+    byId("act-form").reset();
+    byId("act-title").textContent = act.title;
+    byId("act-name").textContent = asked.name;
+    byId("act-id").textContent = asked.call.slice(0, 12);
+    byId("act-words").textContent = act.words;
+    byId("act-confirm").textContent = act.confirm;
+    byId("act-result-field").hidden = asked.act !== "done";
+    byId("act-error").hidden = true;
+    dialog.showModal();
+    byId("act-note").focus();
+  });
+  byId("act-cancel").addEventListener("click", () => dialog.close());
+  byId("act-form").addEventListener("submit", async (event) => {
+    event.preventDefault();
+    byId("act-confirm").disabled = true;
+    try {
+      await api(asked.url, decision(asked.act));
+      dialog.close();
+      byId("announce").textContent = `${ACTS[asked.act].confirm}: ${asked.name} ${asked.call.slice(0, 12)}`;
+      await refresh();
+    } catch (error) {
+      byId("act-error").textContent = error.message;
+      byId("act-error").hidden = false;
+    } finally {
+      byId("act-confirm").disabled = false;
+    }
+  });
+}
+
+function decision(act) {
+  const note = byId("act-note").value.trim();
+  const said = note ? { note } : {};
+  if (act === "retry") return said;
+  const result = byId("act-result").value.trim();
+  return { ...said, done: act === "done", ...(act === "done" && result ? { result } : {}) };
+}
+
+// -- keys --
+
+function keys() {
+  const places = { o: 0, c: 1, l: 2, d: 3 };
+  let afterG = 0;
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, textarea, select, dialog")) return;
+    const links = document.querySelectorAll(".top nav a");
+    if (event.key === "/") {
+      event.preventDefault();
+      const search = byId("search");
+      if (search) search.focus();
+      else location.href = `${links[1].href}#search`;
+    } else if (event.timeStamp - afterG < 1000 && event.key in places) {
+      links[places[event.key]].click();
+    }
+    afterG = event.key === "g" ? event.timeStamp : -Infinity;
+  });
+  if (location.hash === "#search" && byId("search")) byId("search").focus();
+}
+
+// -- all pages --
+
+document.addEventListener("htmx:after:request", (event) => {
+  const doubts = event.detail.ctx.response.headers.get("x-ledger-doubts");
+  if (doubts === null) return;
+  const badge = byId("doubt-count");
+  badge.childNodes[1].nodeValue = count.format(doubts);
+  badge.hidden = doubts === "0";
+});
+decisions();
+keys();
+(views[page.view] || (() => {}))();
