@@ -139,6 +139,35 @@ def test_the_wheel_works_in_a_clean_environment(installed: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("command", "extra"), [("ledger", "cli"), ("ledger-dashboard", "dashboard")])
+def test_a_command_without_its_extra_says_which(installed: Path, command: str, extra: str) -> None:
+    """In an environment that holds the wheel alone, each command exits with 1 and the line to install."""
+    done = subprocess.run(
+        [installed.with_name(command), "--help"], capture_output=True, text=True, check=False
+    )
+
+    assert (1, "") == (done.returncode, done.stdout)
+    assert f'pip install "ledger-guard[{extra}]"' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_what_pages_are_made_of(wheel: Path) -> None:
+    """Templates, static files and marks for type checkers come along, each companion its own."""
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if not name.endswith(".py")}
+    here = {
+        str(path.relative_to(ROOT / parent))
+        for parent, folder in ((".", "ledger_ops"), (".", "ledger_cli"), ("dashboard", "ledger_dashboard"))
+        for path in (ROOT / parent / folder).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+
+    assert here - held == set()
+    assert {f"{name}/py.typed" for name in ("ledger_ops", "ledger_cli", "ledger_dashboard")} <= here
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", USER_FILES, ids=lambda path: path.stem)
 def test_a_users_file_is_typed_against_the_wheel(path: Path, installed: Path, tmp_path: Path) -> None:
     """Mypy strict sees the signatures of the installed wheel, and no Any in their place."""
