@@ -1838,6 +1838,20 @@ class Store:
         except LedgerError:
             self.keeper.counted()
 
+    def pause(self, waited: float) -> float:
+        """How many seconds a duplicate that waited so long may wait before it looks again."""
+        return min(0.002 + waited / 8, 0.05)
+
+    def wait(self, call: str, seconds: float) -> None:
+        """Return when that call may have changed, at the latest after so many seconds."""
+        time.sleep(seconds)
+
+    async def wait_async(self, call: str, seconds: float) -> None:
+        """`wait` without blocking the event loop."""
+        import asyncio
+
+        await asyncio.sleep(seconds)
+
     def check(self) -> dict[str, Any]:
         """Prove that the store can be read; raises `StoreError`."""
         self._use(self.get, "check")
@@ -3652,7 +3666,7 @@ class _Attempt:
                 record,
             )
         self.waited = True
-        yield ("wait", min(left, 0.002 + (self.policy.wait - left) / 8, 0.05))
+        yield ("wait", min(left, self.store.pause(self.policy.wait - left)))
         return None
 
     def _in_doubt(self, record: Record, why: str = "") -> InDoubt:
@@ -3895,7 +3909,7 @@ def _perform(attempt: _Attempt, what: str, argument: Any) -> Any:
     if what == "rows":
         return attempt.store.rows(attempt.claim.call)
     if what == "wait":
-        return time.sleep(argument)
+        return attempt.store.wait(attempt.claim.call, argument)
     if what == "user":
         function, record = argument
         return _refuse_coroutine(attempt, function(record))
@@ -3945,9 +3959,7 @@ async def _perform_async(attempt: _Attempt, what: str, argument: Any) -> Any:
     if what == "rows":
         return await attempt.store.rows_async(attempt.claim.call)
     if what == "wait":
-        import asyncio
-
-        return await asyncio.sleep(argument)
+        return await attempt.store.wait_async(attempt.claim.call, argument)
     if what == "user":
         function, record = argument
         answer = function(record)
@@ -3972,7 +3984,7 @@ async def _perform_async(attempt: _Attempt, what: str, argument: Any) -> Any:
 
 # ═══ The guard ════════════════════════════════════════════════════════════════════════
 
-_stores: weakref.WeakValueDictionary[tuple[str, ...], SqliteStore] = weakref.WeakValueDictionary()
+_stores: weakref.WeakValueDictionary[tuple[str, ...], Store] = weakref.WeakValueDictionary()
 _burst_warned: set[str] = set()
 Callback = Callable[[Record], object]
 
@@ -3980,11 +3992,13 @@ Callback = Callable[[Record], object]
 def _open_store(url: str, **settings: Any) -> Store:
     """The store of a path or URL; one per file, settings and process. With `_first_time` held."""
     scheme, found, rest = url.partition("://")
-    if found and scheme not in ("sqlite", "memory"):
-        raise UsageError(
-            f"there is no store for {scheme}://; a plain path, sqlite:///path or memory:// can be used"
-        )
-    if found and scheme == "memory":
+    server = bool(found) and scheme not in ("sqlite", "memory")
+    if settings["namespace"] is not None and not server:
+        raise UsageError("namespace= keeps applications apart on a server; give each its own file instead")
+    if server:
+        return _open_server(url, settings)
+    del settings["namespace"]
+    if scheme == "memory" and found:
         return MemoryStore()
     if url.rpartition("/")[2] == ":memory:":
         raise UsageError("a ledger in memory is memory://, or Guard(store=MemoryStore())")
@@ -3993,6 +4007,24 @@ def _open_store(url: str, **settings: Any) -> Store:
     store = _stores.get(key) or SqliteStore(path, **settings)
     _stores[key] = store
     return store
+
+
+def _open_server(url: str, settings: dict[str, Any]) -> Store:
+    """The store of a server's URL, which the companion package knows; one per URL, settings and process."""
+    key = (url, *(str(settings[name]) for name in sorted(settings)))
+    if key not in _stores:
+        try:
+            import ledger_stores
+        except ImportError as error:
+            raise UsageError(
+                f"{url.partition('://')[0]}:// needs the stores of the whole package (pip install "
+                "ledger-guard); with ledger.py alone a plain path, sqlite:///path or memory:// can be used"
+            ) from error
+        del settings["instant_death"]  # a lease on a server goes by its clock alone
+        made = ledger_stores.open_store(url, **settings)
+        _stores[key] = made
+        return made
+    return _stores[key]
 
 
 class Guard:
@@ -4009,6 +4041,7 @@ class Guard:
         self, url: str | os.PathLike[str] | None = None, *, store: Store | None = None,
         workflow: str | None = None, sync: Literal["full", "claim", "off"] = "full",
         quiet: bool | None = None, lock_seconds: float = 30.0, instant_death: bool = True,
+        namespace: str | None = None,
     ) -> None:  # fmt: skip
         if sync not in ("full", "claim", "off"):
             raise UsageError(f"sync={sync!r} is not one of 'full', 'claim' and 'off'")
@@ -4022,7 +4055,9 @@ class Guard:
             raise UsageError(f"lock_seconds={lock_seconds!r} is not a number of seconds from 0 on")
         self._url = None if url is None else os.fspath(url)
         self._given_store = store
-        self._settings = {"sync": sync, "lock_seconds": lock_seconds, "instant_death": instant_death}
+        self._settings = {
+            "sync": sync, "lock_seconds": lock_seconds, "instant_death": instant_death, "namespace": namespace,
+        }  # fmt: skip
         self._workflow = workflow
         self._quiet = quiet
         self._policies: dict[str, PolicyOptions] = {}

@@ -16,7 +16,7 @@ from click.exceptions import NoSuchCommand
 import ledger
 from ledger_ops.values import printable
 
-FAILURE, NOTHING_MATCHED = 1, 3
+FAILURE, USAGE, NOTHING_MATCHED = 1, 2, 3
 
 #: command → the module that has it, read when it is asked for; in the order of the help
 COMMANDS = {
@@ -100,6 +100,9 @@ def run(arguments: Sequence[str]) -> int:
         return error.exit_code
     except click.Abort:
         return 128 + signal.SIGINT
+    except UnicodeEncodeError as error:  # stdout takes any text, so it came from the command line
+        complain(f"{error.object!r} is no text in UTF-8; nothing was done, write it in that encoding")
+        return USAGE
     except (ledger.LedgerError, OSError) as error:
         return complain(str(error))
 

@@ -98,13 +98,20 @@ class Relay:
             child = start()
             while child.poll() is None:
                 found = signal.sigtimedwait(watched, _LOOK_SECONDS)
-                if found is not None and found.si_signo != signal.SIGCHLD and found.si_code != _SI_KERNEL:
+                if found is not None and _was_for_us_alone(found):
                     child.send_signal(found.si_signo)
                 while self._waiting:  # another thread took it, without the word where it came from
                     child.send_signal(self._waiting.pop())
             return child
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _was_for_us_alone(found: signal.struct_siginfo) -> bool:
+    """Whether the command must be told: a terminal's keys reach it, its hangup only a session's leader."""
+    if found.si_code != _SI_KERNEL:
+        return found.si_signo != signal.SIGCHLD
+    return found.si_signo == signal.SIGHUP and os.getsid(0) == os.getpid()
 
 
 class _Copy(threading.Thread):
@@ -119,14 +126,16 @@ class _Copy(threading.Thread):
     def run(self) -> None:
         """Until the child, and all that it left behind, have closed it."""
         shown = True
-        while True:
-            self._idle_since = time.monotonic()
-            data = os.read(self._source.fileno(), 65536)
-            self._idle_since = None
-            if not data:
-                return
-            self._keep(data)
-            shown = shown and _wrote(self._target, data)
+        with self._source:
+            while data := self._read():
+                self._keep(data)
+                shown = shown and wrote(self._target, data)
+
+    def _read(self) -> bytes:
+        self._idle_since = time.monotonic()
+        data = os.read(self._source.fileno(), 65536)
+        self._idle_since = None
+        return data
 
     def finish(self) -> None:
         """Wait for the end; what only a process in the background still holds open is let go."""
@@ -147,9 +156,9 @@ class _Copy(threading.Thread):
     def value(self) -> str | bytes:
         """What is recorded: text where it is UTF-8."""
         head, tail = bytes(self._head), bytes(self._tail[-KEPT_BYTES:])
-        left_out = self._total - len(head) - len(tail)
-        if left_out:
+        if self._total > len(head) + len(tail):
             head, tail = _without_broken_end(head), _without_broken_start(tail)
+            left_out = self._total - len(head) - len(tail)
             head += f"\n[… ledger run: {left_out:,} bytes were not recorded …]\n".encode()
         try:
             return (head + tail).decode()
@@ -171,7 +180,7 @@ def _without_broken_start(data: bytes) -> bytes:
     return data[next((i for i in range(4) if data[i] & 0xC0 != 0x80), 0) :]
 
 
-def _wrote(target: int, data: bytes) -> bool:
+def wrote(target: int, data: bytes) -> bool:
     """Write all of it; False if nobody reads it any more, which is no reason to stop the command."""
     view = memoryview(data)
     try:

@@ -113,7 +113,10 @@ def resolve_command(
 @yes
 @as_json
 def clear_command(*, db: str | None, wf: str | None, force: bool, yes: bool, json: bool) -> int:
-    """Forget calls, so that each could run again. What happened stays in the events."""
+    """Forget calls, so that each could run again.
+
+    What happened stays in the events.
+    """
     store = opened(db)
     scope = f"workflow {printable(wf)}" if wf is not None else "all workflows"
     count = Reader(store).count(Filter(wf=wf))

@@ -18,7 +18,7 @@ from ledger_cli.options import command
 from ledger_cli.screen import Screen
 from ledger_ops.reader import Reader, open_store
 
-_PAUSE_SECONDS = 0.4
+_PAUSE_SECONDS = 0.25
 #: a process that is killed when the hotel has the booking and nothing says so yet
 _DOOMED = """
 import os, signal, sys

@@ -123,19 +123,22 @@ _SUMS = (
     ("suspended", "suspended", "magenta"),
     ("running", "running", "cyan"),
 )
+_RARE = ("in_doubt", "suspended", "running")
 
 
 def sums(stats: Stats, *, full: bool) -> Grid:
-    """Sums, a row for each tool and one for all; `full` gives plain digits, for a pipe."""
+    """Sums, a row for each tool and one for all.
+
+    `full`, for a pipe, gives every column in plain digits; else rare ends have a column where there are any.
+    """
     names = Names(stats.tools)
-    columns = (Column("tool"), *(Column(title, "right") for title, _, _ in _SUMS))
+    shown = [each for each in _SUMS if full or each[1] not in _RARE or getattr(stats.total, each[1])]
+    columns = (Column("tool", most=0), *(Column(title, "right") for title, _, _ in shown))
     rows = [(names.of(tool), found) for tool, found in stats.tools.items()]
-    return Grid(
-        columns, [_sums_row(name, found, full=full) for name, found in [*rows, ("total", stats.total)]]
-    )
 
+    def cells(name: str, found: Sums) -> list[Cell]:
+        values = ((getattr(found, field), style) for _, field, style in shown)
+        numbers = (Cell(str(n) if full else f"{n:,}", style if n else "dim") for n, style in values)
+        return [Cell(name, "bold"), *numbers]
 
-def _sums_row(name: str, found: Sums, *, full: bool) -> list[Cell]:
-    values = ((getattr(found, field), style) for _, field, style in _SUMS)
-    numbers = (Cell(str(n) if full else f"{n:,}", style if n else "dim") for n, style in values)
-    return [Cell(name, "bold"), *numbers]
+    return Grid(columns, [cells(name, found) for name, found in [*rows, ("total", stats.total)]])

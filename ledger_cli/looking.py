@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_module
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 
@@ -213,7 +214,10 @@ def brief_command(*, db: str | None, wf: str | None, max_chars: int) -> None:
 @click.option("--no-follow", is_flag=True, help="End after the earlier ones.")
 @as_json
 def tail_command(*, db: str | None, wanted: Filter, lines: int, no_follow: bool, json: bool) -> int:
-    """Follow what happens: claims, outcomes, blocked attempts. Ctrl-C ends it."""
+    """Follow what happens: claims, outcomes, blocked attempts.
+
+    Ctrl-C ends it.
+    """
     screen = Screen()
     reader = reader_of(db)
     names = grids.Names(reader.tools())
@@ -243,19 +247,31 @@ def tail_command(*, db: str | None, wanted: Filter, lines: int, no_follow: bool,
 
 def _follow(reader: Reader, after: int, wanted: Filter) -> Iterator[list[Event]]:
     """New events, page by page; what does not match is passed over and never read again."""
-    url = reader.store.path
+    path = reader.store.path
+    mine = _identity(path)
     while True:
         time.sleep(_POLL_SECONDS)
         try:
+            if _identity(path) != mine:  # an open connection would go on with the deleted file
+                raise NoLedger(f"{path} was deleted or replaced")
             newest = reader.last_seq()
             while events := reader.events(after, wanted, limit=_PAGE):
                 yield events
                 after = events[-1].seq
             after = max(after, newest)
         except StoreError as error:
-            complain(f"{error}; waiting for a ledger at {url} (Ctrl-C ends)")
+            complain(f"{error}; waiting for a ledger at {path} (Ctrl-C ends)")
             reader.store.close()
-            reader, after = Reader(_return_of(url)), 0
+            reader, after = Reader(_return_of(path)), 0
+            mine = _identity(path)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _return_of(path: str) -> SqliteStore:

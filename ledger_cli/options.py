@@ -60,14 +60,21 @@ def _applied(function: Any, options: Sequence[Callable[[Any], Any]]) -> Any:
 # -- values --
 
 
+#: SQLite's integers end here
+_FAR = 2**62
+
+
 def _reads(read: Callable[[str], int]) -> Callable[[Any], int]:
     """A type of option that a function of ours reads; what it refuses is a usage error."""
 
     def convert(value: Any) -> int:
         try:
-            return value if isinstance(value, int) else read(value)
+            found = value if isinstance(value, int) else read(value)
         except (UsageError, OverflowError, OSError) as error:
             raise click.BadParameter(str(error)) from None
+        if abs(found) > _FAR:
+            raise click.BadParameter(f"{value!r} is too far away for a ledger to hold")
+        return found
 
     return convert
 

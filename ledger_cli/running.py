@@ -12,7 +12,7 @@ import click
 import ledger
 from ledger import Guard, InDoubt, InProgress, KeyConflict, Outcome
 from ledger_cli.app import complain
-from ledger_cli.child import Failed, Killed, NotStarted, Relay, Stopped, execute
+from ledger_cli.child import Failed, Killed, NotStarted, Relay, Stopped, execute, wrote
 from ledger_cli.grids import SHORT_CALL
 from ledger_cli.options import SECONDS, command, database, path_of
 from ledger_ops.values import clock, printable
@@ -106,7 +106,11 @@ def run_command(
     guard.policy(shell, name=TOOL, match=["command"], replay=True, **options)
     try:
         with relay:
-            return _told(_asked(guard, shell, list(words), key))
+            found = _asked(guard, shell, list(words), key)
+        return _told(found)
+    except Stopped as stopped:
+        complain(str(stopped))
+        return stopped.code
     finally:
         guard.close()
 
@@ -123,7 +127,7 @@ def _asked(guard: Guard, shell: Any, words: list[str], key: str) -> Outcome[dict
         return outcome
     except Failed as ended:
         return ended.code
-    except (NotStarted, Stopped) as ended:
+    except NotStarted as ended:
         complain(str(ended))
         return ended.code
     except Killed as ended:
@@ -155,8 +159,7 @@ def _told(found: Outcome[dict[str, Any]] | int) -> int:
         if not found.executed:
             for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
                 text = value.get(name, "")
-                stream.buffer.write(text if isinstance(text, bytes) else str(text).encode())
-                stream.flush()
+                wrote(stream.fileno(), text if isinstance(text, bytes) else str(text).encode())
         return int(value["code"])
     # a person marked it done: what is known then is what that person said
     complain(f"{_which(found.record)} is done already and no output was recorded; nothing ran")

@@ -1,4 +1,4 @@
-"""Ledgers with a story for the dashboard's tests, written by real guarded processes, and the server itself."""
+"""Ledgers with a story for the tests of the dashboard, written by real guarded processes, and its server."""
 
 from __future__ import annotations
 
@@ -134,6 +134,7 @@ def start_server(db: Path, *options: str) -> Server:
         [sys.executable, "-c", SERVE, str(db), "--port", "0", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        bufsize=0,  # what is read ahead would be hidden from select
         env=environment(),
     )
     assert process.stdout is not None
@@ -165,4 +166,5 @@ def serving(db: Path, *options: str) -> Iterator[Server]:
         except subprocess.TimeoutExpired:
             server.process.kill()
             raise
+        sys.stderr.write(errors)  # shown beside what else failed
     assert errors == ""

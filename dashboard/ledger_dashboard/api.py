@@ -143,6 +143,7 @@ async def _act(request: Request, act: Any, **options: Any) -> Response:
     call = await run_in_threadpool(opened.reader.find, request.path_params["call"])
     actor = request.app.state.desk.actor
     record = await run_in_threadpool(act, opened.reader.store, call, actor=actor, **options)
+    await run_in_threadpool(opened.changed)
     runs = await run_in_threadpool(opened.reader.store.rows, call)
     verdict = opened.reader.verdict(record, runs)
     return JSONResponse({"call": record_dict(record), "verdict": verdict})

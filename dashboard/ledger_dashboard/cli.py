@@ -9,12 +9,13 @@ import sys
 import threading
 import webbrowser
 from collections.abc import Sequence
+from contextlib import suppress
 
 import uvicorn
 
 from ledger import LedgerError
 from ledger_dashboard.app import CHANGING, create_app
-from ledger_dashboard.security import hosts_for, is_loopback
+from ledger_dashboard.security import EVERYWHERE, hosts_for, is_loopback
 from ledger_ops.reader import open_store
 
 _STOP_SECONDS = 2
@@ -24,13 +25,13 @@ def run(argv: Sequence[str] | None) -> int:
     """Serve until stopped; the exit code is 0, 1 (failure) or 2 (usage)."""
     parser = _parser()
     asked = parser.parse_args(argv)
-    token = asked.token or os.environ.get("LEDGER_DASHBOARD_TOKEN") or None
-    if asked.token is not None and not asked.token.strip():
+    token = os.environ.get("LEDGER_DASHBOARD_TOKEN") or None if asked.token is None else asked.token
+    if token is not None and not token.strip():
         parser.error("--token is empty, so anybody would know it; give a long random one")
     if token is None and not is_loopback(asked.host):
         parser.error(
-            f"--host {asked.host} can be reached from other machines, and everybody there could read the ledger "
-            "and change it; add --token TOKEN (a long random one), or leave --host out"
+            f"--host {asked.host} can be reached from other machines, and everybody there could read the "
+            "ledger and change it; add --token TOKEN (a long random one), or leave --host out"
         )
     try:
         open_store(asked.db).close()
@@ -38,24 +39,27 @@ def run(argv: Sequence[str] | None) -> int:
         return _fail(str(error))
     try:
         listener = _bind(asked.host, asked.port)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
         return _fail(
-            f"cannot listen on {asked.host} port {asked.port} ({reason}); another dashboard may run there: "
-            "stop it, or take another port with --port (0: any that is free)"
+            f"cannot listen on {asked.host} port {asked.port} ({error.strerror or error}); another dashboard "
+            "may run there: stop it, or take another port with --port (0: any that is free)"
         )
+    with listener:
+        return _serve(listener, asked, token)
+
+
+def _serve(listener: socket.socket, asked: argparse.Namespace, token: str | None) -> int:
     hosts = hosts_for(asked.host, asked.allowed_host)
     app = create_app(asked.db, read_only=asked.read_only, token=token, allowed_hosts=hosts)
     config = uvicorn.Config(
-        app, access_log=False, log_level="warning", server_header=False, date_header=True,
-        lifespan="on", ws="none", timeout_graceful_shutdown=_STOP_SECONDS,
+        app, access_log=False, log_level="warning", server_header=False, lifespan="on", ws="none",
+        timeout_graceful_shutdown=_STOP_SECONDS,
     )  # fmt: skip
     url = _url(asked.host, listener.getsockname()[1])
     _tell(url, asked, token)
-    if asked.open:
-        target = url if token is None else f"{url}?token={token}"
-        threading.Thread(target=webbrowser.open, args=(target,), daemon=True).start()
-    with listener:
+    if asked.open:  # without the token: it would stay in the browser's history
+        threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+    with suppress(KeyboardInterrupt):  # Ctrl-C is how one ends it
         uvicorn.Server(config).run(sockets=[listener])
     return 0
 
@@ -107,9 +111,7 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 def _url(host: str, port: int) -> str:
-    name = {"127.0.0.1": "localhost", "": "localhost", "0.0.0.0": "localhost", "::": "localhost"}.get(
-        host, host
-    )  # noqa: S104 - shown
+    name = "localhost" if host in ("127.0.0.1", *EVERYWHERE) else host
     return f"http://[{name}]:{port}/" if ":" in name else f"http://{name}:{port}/"
 
 

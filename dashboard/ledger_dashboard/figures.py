@@ -13,6 +13,8 @@ from ledger_ops.values import Gap, Sums, iso
 
 _MINUTE, _DAY = 60_000_000, 86_400_000_000
 _POINTS = 120
+#: what a young ledger shows at least
+_SHORTEST = 30 * _MINUTE
 #: the longest range that can be asked for, so that no URL asks for millions of points
 _MOST_MICROS = 36_525 * _DAY
 
@@ -121,6 +123,7 @@ def _range(opened: Opened, since: int | None, until: int | None) -> tuple[int, i
     if since is None:
         recent = end - _DAY
         since = first if last < recent or first > recent else recent
+        since = min(since, end - _SHORTEST)  # a few bars alone are no picture
     begin = min(since, end - _MINUTE) if until is None else since
     if begin >= end:
         raise UsageError("since is not before until, so nothing can lie between; swap them")

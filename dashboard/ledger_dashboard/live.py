@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import contextmanager
 from typing import Any
 
+import anyio
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -23,7 +24,8 @@ POLL_SECONDS = 0.5
 #: events of one message, and messages that wait for a slow page
 _BATCH, _WAITING = 500, 64
 _RETRY_MILLISECONDS = 2_000
-_PING_SECONDS = 15
+_PING_SECONDS, _GRACE_SECONDS = 15, 1.0
+_END = "end"
 
 #: (kind of message, events, number of the newest event)
 Message = tuple[str, list[Event], int]
@@ -40,7 +42,7 @@ class Listener:
         if self.waiting.full():
             while not self.waiting.empty():
                 self.waiting.get_nowait()
-            message = ("missed", [], message[2])
+            message = message if message[0] == _END else ("missed", [], message[2])
         self.waiting.put_nowait(message)
 
 
@@ -89,7 +91,8 @@ class Poller:
                 if events:
                     self._seq = events[-1].seq
                     self._tell(("events", events, self._seq))
-                    continue  # the next ones may wait already
+                if len(events) == _BATCH:
+                    continue  # more of them wait already
             await asyncio.sleep(POLL_SECONDS)
 
     def _read(self) -> tuple[Opened, list[Event]]:
@@ -109,29 +112,42 @@ async def stream(request: Request) -> Response:
     source: Source = request.app.state.desk.source
     poller: Poller = request.app.state.desk.poller
     wanted = filter_of(request)
-    newest = await run_in_threadpool(lambda: source.opened().reader.last_seq())
+    newest = await run_in_threadpool(source.last_seq)
     after = count_of(request, "after", newest, 2**63 - 1)
     last_id = request.headers.get("last-event-id", "")
     if last_id.isdecimal():  # the browser connects again by itself
         after = min(int(last_id), 2**63 - 1)
-    messages = _messages(source, poller, wanted, min(after, newest), newest)
-    return EventSourceResponse(messages, ping=_PING_SECONDS, sep="\n")
+    leaving = anyio.Event()
+    messages = _messages(source, poller, wanted, min(after, newest), newest, leaving)
+    return EventSourceResponse(
+        messages, ping=_PING_SECONDS, sep="\n", shutdown_event=leaving, shutdown_grace_period=_GRACE_SECONDS
+    )
 
 
 async def _messages(
-    source: Source, poller: Poller, wanted: Filter, after: int, newest: int
+    source: Source, poller: Poller, wanted: Filter, after: int, newest: int, leaving: anyio.Event
 ) -> AsyncIterator[ServerSentEvent]:
     with poller.listen(newest) as (listener, begins):
-        yield ServerSentEvent(event="hello", data=str(begins), retry=_RETRY_MILLISECONDS)
-        if after < begins:
-            missed = await run_in_threadpool(_between, source, after, begins, wanted)
-            yield _message("events" if missed is not None else "missed", missed or [], begins)
-        judge = _judge(wanted)
-        while True:
-            kind, events, seq = await listener.waiting.get()
-            fitting = [event for event in events if judge(event)]
-            if fitting or kind != "events":
-                yield _message(kind, fitting, seq)
+        farewell = asyncio.create_task(_end(listener, leaving))
+        try:
+            yield ServerSentEvent(event="hello", data=str(begins), retry=_RETRY_MILLISECONDS)
+            if after < begins:
+                missed = await run_in_threadpool(_between, source, after, begins, wanted)
+                yield _message("events" if missed is not None else "missed", missed or [], begins)
+            fits = _judge(wanted)
+            while (message := await listener.waiting.get())[0] != _END:
+                kind, events, seq = message
+                fitting = [event for event in events if fits(event)]
+                if fitting or kind != "events":
+                    yield _message(kind, fitting, seq)
+        finally:
+            farewell.cancel()
+
+
+async def _end(listener: Listener, leaving: anyio.Event) -> None:
+    """Let a stream end by itself when the server stops: one that is cut off is an error in its log."""
+    await leaving.wait()
+    listener.tell((_END, [], 0))
 
 
 def _between(source: Source, after: int, upto: int, wanted: Filter) -> list[Event] | None:

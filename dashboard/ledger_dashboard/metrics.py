@@ -48,7 +48,7 @@ async def get_health(request: Request) -> Response:
     source: Source = request.app.state.desk.source
     tells = not request.scope.get("ledger_stranger")
     try:
-        seq = await run_in_threadpool(lambda: source.opened().reader.last_seq())
+        seq = await run_in_threadpool(source.last_seq)
     except LedgerError as error:
         reason = {"reason": str(error)} if tells else {}
         return JSONResponse({"status": "unavailable", **reason}, 503)

@@ -15,12 +15,12 @@ from ledger_dashboard.api import SEARCH_SECONDS, opened_for
 from ledger_dashboard.figures import overview, share
 from ledger_dashboard.query import FIELDS, count_of, filter_of, text_of, time_of
 from ledger_dashboard.render import page, short_names
-from ledger_dashboard.source import Opened
-from ledger_ops.values import Filter, clock
+from ledger_dashboard.source import SELDOM, Opened
+from ledger_ops.values import Detail, Filter, clock
 
-_CALLS, _MOST_CALLS, _DOUBTS, _EVENTS, _TIMELINE = 50, 300, 50, 100, 500
-#: the badge of the menu may be so old: it is on every page
-_BADGE_SECONDS = 10.0
+_CALLS, _MOST_CALLS, _DOUBTS, _EVENTS, _TIMELINE = 50, 150, 50, 100, 500
+#: how long the events of one call are looked for when a person asks for all
+_PATIENT_SECONDS = 10.0
 _RANGES = (("1h", "1 hour"), ("24h", "24 hours"), ("7d", "7 days"), ("30d", "30 days"), ("all", "all"))
 
 
@@ -66,11 +66,13 @@ async def get_calls(request: Request) -> Response:
 
 async def get_call(request: Request) -> Response:
     """One call: what was asked, what came of it, every attempt."""
+    seconds = _PATIENT_SECONDS if text_of(request, "all") else SEARCH_SECONDS
     opened = await opened_for(request)
 
     def gather() -> dict[str, Any]:
-        found = opened.reader.call(request.path_params["call"], seconds=SEARCH_SECONDS)
+        found = opened.reader.call(request.path_params["call"], seconds=seconds)
         return {
+            "is_complete": found.complete or _is_accounted_for(found),
             "found": found,
             "record": found.record,
             "name": found.record.short,
@@ -81,6 +83,19 @@ async def get_call(request: Request) -> Response:
         }
 
     return await _answer(request, "call", opened, gather)
+
+
+def _is_accounted_for(found: Detail) -> bool:
+    """Whether the runs and the counts have an event each: what was not searched has no more then."""
+    told = {(event.run, event.kind) for event in found.events}
+    blocked = sum(event.n for event in found.events if event.kind == "blocked")
+    return blocked == found.record.blocked and all(
+        (run.run, "claimed") in told
+        and (run.status == "running" or (run.run, run.status) in told)
+        and not run.released
+        and run.late is None
+        for run in found.runs
+    )
 
 
 async def get_live(request: Request) -> Response:
@@ -125,7 +140,7 @@ async def _answer(request: Request, view: str, opened: Opened, gather: Any, **va
     def make() -> Response:
         seq = opened.reader.last_seq()  # before anything else is read: what comes later is told by the stream
         gathered = gather()
-        doubts = opened.stats(_BADGE_SECONDS).total.in_doubt
+        doubts = opened.stats(SELDOM).total.in_doubt
         answer = page(
             request, f"{view}.html", fragment=f"_{view}.html", active=view, seq=seq, doubts=doubts,
             **values, **gathered,
@@ -138,7 +153,7 @@ async def _answer(request: Request, view: str, opened: Opened, gather: Any, **va
 
 def _choices(opened: Opened, records: list[Record]) -> dict[str, Any]:
     """What the fields of a filter offer, and how tools are named here."""
-    tools = {*opened.stats(_BADGE_SECONDS).tools, *(record.tool for record in records)}
+    tools = {*opened.stats(SELDOM).tools, *(record.tool for record in records)}
     names = short_names(sorted(tools))
     return {
         "names": names,

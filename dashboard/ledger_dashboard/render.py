@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 #: how much of a recorded value a page shows; the API gives all of it
 _MOST_NODES, _MOST_LEVELS, _LONGEST_TEXT = 1_000, 24, 8_000
 _SHOWN_SUMMARY = 160
+#: what a secret is recorded as
+_MASK = "****"
 
 STATE_NAMES = {
     "running": "running",
@@ -73,7 +75,7 @@ def percent(share: float) -> str:
 def moment(micros: int | None) -> Markup:
     """A time: of today the hour, else the day too; all of it in its title."""
     if micros is None:
-        return Markup("–")
+        return Markup("—")
     local = ledger.at(micros).astimezone()
     now = datetime.now().astimezone()
     form = "%H:%M:%S" if local.date() == now.date() else "%b %-d, %H:%M:%S"
@@ -86,7 +88,7 @@ def moment(micros: int | None) -> Markup:
 
 def took(started: int, ended: int | None) -> str:
     """How long a run took."""
-    return "–" if ended is None else span(max(ended - started, 0))
+    return "—" if ended is None else span(max(ended - started, 0))
 
 
 def short_names(tools: list[str]) -> dict[str, str]:
@@ -98,10 +100,29 @@ def short_names(tools: list[str]) -> dict[str, str]:
 
 
 def summary(text: str | None) -> str:
-    """The beginning of recorded JSON, in one line."""
-    if text is None or text == "{}":
-        return ""
-    return text[:_SHOWN_SUMMARY] + "…" if len(text) > _SHOWN_SUMMARY else text
+    """The beginning of a text, in one line."""
+    line = " ".join((text or "")[: 4 * _SHOWN_SUMMARY].split())
+    return line[:_SHOWN_SUMMARY] + "…" if len(line) > _SHOWN_SUMMARY else line
+
+
+def arguments(text: str | None) -> str:
+    """Recorded arguments as one would write them in a call, in one line."""
+    if text is None or len(text) > _LONGEST_TEXT:
+        return summary(text)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return summary(text)
+    if not isinstance(value, dict) or "$" in value:
+        return summary(text)
+    told = {name: v for name, v in value.items() if v != _MASK} or value
+    return summary(", ".join(f"{name}={_plain(v)}" for name, v in told.items()))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict) and "$" in value and "v" in value:
+        return _plain(value["v"])
+    return json.dumps(value, ensure_ascii=False)
 
 
 # -- JSON as a tree --
@@ -116,6 +137,8 @@ class Node(NamedTuple):
     parts: tuple[Node, ...] = ()
     #: what is not shown of it
     more: str = ""
+    #: the type of a value that JSON lacks
+    tag: str = ""
 
 
 def tree(text: str | None) -> Node | None:
@@ -147,7 +170,7 @@ def _packed(name: str | None, value: dict[str, Any], left: list[int], level: int
     """A value that JSON lacks, as the ledger writes it: its kind, then what it holds."""
     kind = str(value.get("t") or value["$"]).rpartition(".")[2][:80]
     inner = _node(None, value["v"], left, level)
-    return inner._replace(name=name, text=f"{kind} {inner.text}")
+    return inner._replace(name=name, tag=f"{kind} {inner.tag}".strip())
 
 
 def _branch(
@@ -187,7 +210,7 @@ def make_environment() -> Environment:
         lstrip_blocks=True,
     )
     made.filters |= {"moment": moment, "number": number, "percent": percent, "span": span, "summary": summary}
-    made.filters |= {"state": state_of, "tree": tree, "took": took}
+    made.filters |= {"arguments": arguments, "state": state_of, "tree": tree, "took": took}
     made.globals |= {"STATE_NAMES": STATE_NAMES, "EVENT_TONES": EVENT_TONES, "version": ledger.__version__}
     return made
 

@@ -24,6 +24,8 @@ from ledger_dashboard.render import base_of, refusal
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 #: as an entry of the allowed hosts: any address in figures, which no rebinding can bring here
 ANY_ADDRESS = "*"
+#: what one binds to be reached at every address of the machine
+EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 _POLICY = (
@@ -157,7 +159,7 @@ class Shield:
             return None
         answer = refusal(
             request, 401, "a token is needed",
-            "Open this address once with ?token=… at its end (the token that was given at start), or send it as "
+            "Open this address once with ?token=… at its end (it was given at start), or send it as "
             "Authorization: Bearer.",
         )  # fmt: skip
         answer.headers["WWW-Authenticate"] = "Bearer"
@@ -255,6 +257,6 @@ def is_loopback(host: str) -> bool:
 def hosts_for(host: str, more: Iterable[str] = ()) -> tuple[str, ...]:
     """The host names by which a bind may be reached."""
     name = f"[{host}]" if ":" in host else host
-    if host in ("", "0.0.0.0", "::"):  # noqa: S104 - compared, not bound
+    if host in EVERYWHERE:
         return (*LOOPBACK, ANY_ADDRESS, socket.gethostname(), socket.getfqdn(), *more)
     return (*LOOPBACK, name, *more)

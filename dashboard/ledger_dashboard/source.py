@@ -7,13 +7,13 @@ import threading
 import time
 from pathlib import Path
 
-from ledger import LedgerError, StoreError
-from ledger_ops.reader import NoLedger, Reader, open_store
+from ledger import LedgerError
+from ledger_ops.reader import Reader, open_store
 from ledger_ops.rollup import Rollup
 from ledger_ops.values import Stats
 
-#: sums are used again for so many times what they cost: looking takes no more than a tenth of the time
-_REUSE = 10
+#: how sums are reused: looking at them takes no more than a tenth, or a hundredth, of the time
+OFTEN, SELDOM = 10, 100
 _INLINE_SECONDS, _SLICE_SECONDS, _PAUSE_SECONDS = 0.02, 0.1, 0.02
 
 
@@ -38,16 +38,20 @@ class Opened:
         """Whether the file is still the one that was opened; SQLite itself would read on a deleted one."""
         return self.identity == _identity(self.path)
 
-    def stats(self, oldest_seconds: float = 0.0) -> Stats:
-        """Sums of all calls, a moment old where they are costly (`oldest_seconds`: as old as that)."""
+    def stats(self, reuse: int = OFTEN) -> Stats:
+        """Sums of all calls; those of before are used again for `reuse` times what they cost."""
         with self._stats_lock:
-            reuse = max(oldest_seconds, self._stats_cost * _REUSE)
             begun = time.monotonic()
-            if self._stats is None or begun - self._stats_at > reuse:
+            if self._stats is None or begun - self._stats_at > self._stats_cost * reuse:
                 self._stats = self.reader.stats()
                 self._stats_at = time.monotonic()
                 self._stats_cost = self._stats_at - begun
             return self._stats
+
+    def changed(self) -> None:
+        """Forget sums: a person has just decided about a call, and wants to see it."""
+        with self._stats_lock:
+            self._stats = None
 
     def count(self) -> bool:
         """Bring the roll-up up to date; False while a thread is still at it."""
@@ -94,7 +98,7 @@ class Source:
         return Path(opened.path if opened else self.url or "ledger.db").name
 
     def opened(self) -> Opened:
-        """The ledger as it is now; raises `NoLedger` or `StoreError` while there is none that can be read."""
+        """The ledger as it is now; raises `StoreError` while there is none that can be read."""
         with self._lock:
             if self._opened is not None and not self._opened.is_current():
                 self._opened.close()
@@ -102,6 +106,10 @@ class Source:
             if self._opened is None:
                 self._opened = Opened(self.url)
             return self._opened
+
+    def last_seq(self) -> int:
+        """The number of the newest event."""
+        return self.opened().reader.last_seq()
 
     def close(self) -> None:
         """Give the ledger back; it is opened again when it is needed again."""
@@ -117,6 +125,3 @@ def _identity(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
-
-
-__all__ = ["NoLedger", "Opened", "Source", "StoreError"]

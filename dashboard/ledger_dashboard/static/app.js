@@ -92,7 +92,7 @@ function follow(onEvents) {
   open();
 }
 
-// Calls `work` soon after `ask()`, and never for more than a tenth of the time.
+// Calls `work` soon after `ask()`, and never for more than a twentieth of the time.
 function gently(work) {
   let due = 0;
   let earliest = 0;
@@ -105,7 +105,7 @@ function gently(work) {
     await work().catch(() => {}); // the badge tells of a lost server
     const ended = performance.now();
     running = false;
-    earliest = ended + Math.max(1000, 10 * (ended - begun));
+    earliest = ended + Math.max(1500, 20 * (ended - begun));
   }
 
   return function ask() {
@@ -152,7 +152,7 @@ const views = {
     const ask = gently(async () => {
       // rows that are being read stay: the list grows by what came, up to a limit
       const rows = document.querySelectorAll("#rows > tr").length;
-      const wanted = Math.min(Math.max(rows + more, 50), 300);
+      const wanted = Math.min(Math.max(rows + more, 50), 150);
       more = 0;
       await refresh({ rows: wanted });
     });
@@ -265,10 +265,9 @@ function filterForm() {
     problem.textContent = sentence(found.error || `the server answered ${status}`, found.advice);
     problem.hidden = false;
   });
-  document.addEventListener("htmx:after:swap", () => {
+  document.addEventListener("htmx:after:swap", (event) => {
     problem.hidden = true;
-  });
-  document.addEventListener("htmx:after:history:push", () => {
+    if (event.detail.ctx.sourceElement === document.body) return; // a refresh is no news of the filter
     const rows = document.querySelectorAll("#rows > tr").length;
     byId("announce").textContent = rows ? `${plural(rows, "call")} shown` : "No call fits this filter";
   });
@@ -318,6 +317,11 @@ function activity() {
     return [at, both.map((n, i) => n + failed[i]), both, executed];
   }
 
+  // whole bars, also where the range begins within one
+  function ends({ at, step_seconds: step }) {
+    return [at[0], at[at.length - 1] + step];
+  }
+
   function draw() {
     const box = byId("chart");
     if (!box || !shown) return;
@@ -332,11 +336,11 @@ function activity() {
         padding: [8, 8, 0, 0],
         cursor: { y: false, points: { show: false }, drag: { x: true, y: false, setScale: false } },
         scales: {
-          x: { range: [Date.parse(chart.since) / 1000, Date.parse(chart.until) / 1000] },
+          x: { range: () => ends(shown.chart) },
           y: { range: (_, __, most) => [0, Math.max(most * 1.08, 4)] },
         },
         axes: [
-          { ...axis, grid: { show: false }, values: ticks, space: 72 },
+          { ...axis, grid: { show: false }, values: ticks, space: 72, size: 28 },
           { ...axis, size: 56, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 1e7, 1e8], values: (_, at) => at.map(short) },
         ],
         series: [{}, layer("failed"), layer("blocked"), layer("executed")],
@@ -378,11 +382,9 @@ function activity() {
     for (const name of ["since", "until"]) if (asked.get(name)) url.searchParams.set(name, asked.get(name));
     mark(asked);
     const found = await api(url);
-    const same = shown && plot && shown.chart.since === found.chart.since && shown.chart.until === found.chart.until;
     shown = found;
-    if (same && byId("chart").contains(plot.root)) {
-      plot.setData(layers(found.chart), false);
-      plot.setScale("x", { min: Date.parse(found.chart.since) / 1000, max: Date.parse(found.chart.until) / 1000 });
+    if (plot && byId("chart") && byId("chart").contains(plot.root)) {
+      plot.setData(layers(found.chart));
       total();
     } else draw();
   }

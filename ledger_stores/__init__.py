@@ -1,0 +1,42 @@
+"""The guard's stores on databases that many machines share; the drivers load where first needed.
+
+Guard("postgresql://user@host/db")    pip install "ledger-guard[postgres]"
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+from urllib.parse import urlsplit
+
+from ledger import Store, UsageError
+
+#: scheme of a URL → module, class, extra, and the packages that come with the extra
+_STORES = {
+    "postgresql": ("postgres", "PostgresStore", "postgres", ("psycopg", "psycopg_pool")),
+    "postgres": ("postgres", "PostgresStore", "postgres", ("psycopg", "psycopg_pool")),
+}
+
+
+def open_store(url: str, **settings: Any) -> Store:
+    """The store of a URL; it connects when it is first used.
+
+    Raises `UsageError` for a scheme that is none, or when the driver is not installed.
+    """
+    scheme = urlsplit(url).scheme
+    if scheme not in _STORES:
+        known = ", ".join(f"{name}://" for name in _STORES)
+        raise UsageError(
+            f"there is no store for {scheme}://; a plain path, sqlite:///path, memory:// and {known} can be used"
+        )
+    module, kind, extra, drivers = _STORES[scheme]
+    try:
+        found = importlib.import_module(f"ledger_stores.{module}")
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in drivers:
+            raise
+        raise UsageError(
+            f'{scheme}:// needs a driver that is not installed; pip install "ledger-guard[{extra}]"'
+        ) from error
+    store: Store = getattr(found, kind)(url, **settings)
+    return store

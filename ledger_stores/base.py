@@ -1,0 +1,199 @@
+"""What the stores on servers share: counts are buffered, and a lost connection is told from a refusal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import ledger
+from ledger import Claim, Clock, Op, Record, Run, Store
+
+#: how soon the one who looks for all that wait looks again, at first and in the end
+_FIRST_LOOK, _LAST_LOOK = 0.02, 1.0
+Count = tuple[str, int, str, str, str, str, str | None, str | None]
+
+
+def without_password(url: str) -> str:
+    """A URL that can be shown: the password masked, query parts that hold one too."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")
+    who = host[0].partition(":")[0]
+    query = "&".join(
+        p if "pass" not in p.partition("=")[0].lower() else f"{p.partition('=')[0]}=****"
+        for p in parts.query.split("&")
+    )
+    return urlunsplit((parts.scheme, f"{who}@{host[2]}" if who else host[2], parts.path, query, ""))
+
+
+class ServerStore(Store):
+    """A store that does each operation in one step on a server, whose clock decides leases."""
+
+    def __init__(self, url: str, *, namespace: str | None = None, clock: Clock | None = None) -> None:
+        super().__init__(clock=clock)
+        self.url = url
+        self.namespace = namespace or "ledger"
+        self._begin()
+
+    def _begin(self) -> None:
+        """What a process starts with, and a forked child starts anew: connections are not inherited."""
+        self._pid = os.getpid()
+        self._opening = threading.RLock()
+        self._counts: deque[Count] = deque()
+        self._in_flight: list[Count] = []
+        self._counting = threading.RLock()
+        self._watcher = _Watcher(self)
+
+    # -- counting: buffered --
+
+    def count(self, kind: str, claim: Claim, run: int, error: str | None = None) -> None:
+        """Count an attempt that ran nothing, or one of an unlimited tool; written within 200 ms."""
+        self._counts.append((claim.call, run, kind, claim.tool, claim.wf, claim.caller, claim.args, error))
+        self.keeper.counted()
+
+    def flush(self, patience: float = 5.0) -> None:
+        """Write what was only counted so far; `StoreError` if the server does not take it."""
+        if self._pid != os.getpid():
+            return
+        with self._counting:
+            taken = self._in_flight
+            while self._counts:
+                taken.append(self._counts.popleft())
+            while taken:
+                part = taken[:1000]
+                self._write_counts(_summed(part))
+                del taken[: len(part)]
+
+    def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
+        raise NotImplementedError
+
+    def describe(self, rows: Sequence[Run], blocked: int | None = None) -> Record:
+        """The record of a call from its runs, with what is counted here and not written yet."""
+        call = rows[-1].call
+        waiting = sum(count[0] == call for count in [*self._counts.copy(), *self._in_flight])
+        return super().describe(rows, sum(r.blocked for r in rows) + waiting if blocked is None else blocked)
+
+    # -- duplicates that wait --
+
+    def pause(self, waited: float) -> float:
+        """Long: whoever waits is woken."""
+        return 60.0
+
+    def wait(self, call: str, seconds: float) -> None:
+        """Return when that call has changed, at the latest after so many seconds."""
+        bell = threading.Event()
+        with self._watcher.watching(call, bell.set):
+            bell.wait(seconds)
+
+    async def wait_async(self, call: str, seconds: float) -> None:
+        """`wait` without blocking the event loop."""
+        loop = asyncio.get_running_loop()
+        bell = asyncio.Event()
+        with self._watcher.watching(call, lambda: ledger._call_loop(loop, bell.set)):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(bell.wait(), seconds)
+
+    def changed(self, calls: Sequence[str], seconds: float) -> Iterable[str]:
+        """Which of these calls have no live run any more; returns after so many seconds, or when woken."""
+        raise NotImplementedError
+
+    # -- the six methods by which people look --
+
+    def get(self, id: str) -> Record | None:
+        """`look`, by its name in the six methods."""
+        return self.look(id)
+
+    def all(self, wf: str | None = None) -> Iterator[Record]:
+        """The record of every call, or of those of one workflow, oldest first."""
+        return (record for record, _ in self.calls(wf=wf))
+
+    def clear(self, wf: str | None = None) -> None:
+        """`reset`, by its name in the six methods."""
+        self.reset(wf, self.clock.wall())
+
+    # -- fork --
+
+    def _after_fork_in_child(self) -> None:
+        self._abandon()
+        self._begin()
+        super()._after_fork_in_child()
+
+    def _abandon(self) -> None:
+        """Forget the parent's connections without a word to the server: they are the parent's."""
+        raise NotImplementedError
+
+
+class _Watcher:
+    """One thread per process looks for all who wait, however many they are; it ends when nobody does."""
+
+    def __init__(self, store: ServerStore) -> None:
+        self._store = weakref.ref(store)
+        self._lock = threading.Lock()
+        self._bells: dict[str, list[Callable[[], object]]] = {}
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def watching(self, call: str, ring: Callable[[], object]) -> Iterator[None]:
+        """Ring when the call has changed, until the end of the block."""
+        with self._lock:
+            self._bells.setdefault(call, []).append(ring)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._look, name="ledger-watcher", daemon=True)
+                self._thread.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._bells[call].remove(ring)
+                if not self._bells[call]:
+                    del self._bells[call]
+
+    def _look(self) -> None:
+        pause = _FIRST_LOOK
+        while (store := self._store()) is not None:
+            with self._lock:
+                calls = list(self._bells)
+                if not calls:
+                    self._thread = None
+                    return
+            try:
+                found = list(store.changed(calls, pause))
+            except ledger.LedgerError:  # who waits looks for itself, and is told then
+                found = calls
+                time.sleep(pause)
+            pause = _FIRST_LOOK if found else min(pause * 1.5, _LAST_LOOK)
+            with self._lock:
+                bells = [ring for call in found for ring in self._bells.get(call, ())]
+            for ring in bells:
+                ring()
+
+
+def _summed(counts: Sequence[Count]) -> list[tuple[Any, ...]]:
+    """One item for each call, run, kind and caller, in the order of calls, so that two writers never cross."""
+    sums: dict[tuple[Any, ...], int] = {}
+    last: dict[str, tuple[str | None, str | None]] = {}
+    for count in counts:
+        sums[count[:6]] = sums.get(count[:6], 0) + 1
+        last[count[0]] = count[6:]
+    return sorted(((*key, *last[key[0]], n) for key, n in sums.items()), key=lambda item: item[:6])
+
+
+def run_from(row: dict[str, Any]) -> Run:
+    """The run in a row that a server gave as JSON."""
+    return Run(**{name: row[name] for name in Run._fields})
+
+
+def verdict_from(found: dict[str, Any], op: Op | None = None) -> ledger.Verdict:
+    """The verdict that a server gave as JSON; of a claim that it granted only the number and the time."""
+    row, closed = found.get("row"), found.get("closed")
+    run = run_from(row) if row else None
+    if found["kind"] == "granted" and isinstance(op, Claim):
+        run = op.first_row(found["now"], 0)._replace(run=found["run"], mono=0)
+    return ledger.Verdict(found["kind"], run, run_from(closed) if closed else None, found["anchor"])

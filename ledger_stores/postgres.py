@@ -1,0 +1,397 @@
+"""The guard on PostgreSQL (12 or newer), with psycopg 3.
+
+Durable as the server's `synchronous_commit` makes it: `on`, the default of PostgreSQL and asked for by
+`sync="full"`, survives a killed server and a power cut of it; a fail-over loses what the standby does
+not have unless the server waits for it (`synchronous_standby_names`).  `sync="claim"` waits for the
+claim alone, `sync="off"` for neither.
+
+Each operation is one function call, one round trip, in a transaction of its own; nothing is kept in a
+session, so a transaction pooler may stand between.  Leases go by the server's clock.  An operation
+whose reply was lost is sent again with its token and finds its own row.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from typing import Any, Literal
+
+import psycopg
+import psycopg_pool
+from psycopg.rows import tuple_row
+
+import ledger
+from ledger import Clock, Now, Op, Record, Run, StoreError, UsageError, Verdict
+from ledger_stores.base import ServerStore, run_from, verdict_from, without_password
+
+_SCHEMA_VERSION = 1
+_COLUMNS = ", ".join(Run._fields)
+_EVENTS = ("seq", "call", "run", "kind", "at", "tool", "wf", "caller", "n", "detail")
+#: how long an operation is repeated after its connection was lost
+_RETRY_SECONDS = 5.0
+
+
+class PostgresStore(ServerStore):
+    """Calls in one schema of a PostgreSQL database; `namespace` is the schema's name."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        namespace: str | None = None,
+        sync: Literal["full", "claim", "off"] = "full",
+        connections: int = 16,
+        lock_seconds: float = 30.0,
+        clock: Clock | None = None,
+    ) -> None:
+        if namespace and not re.fullmatch(r"[a-z_][a-z0-9_]{0,40}", namespace):
+            raise UsageError(
+                f"namespace={namespace!r} cannot name a PostgreSQL schema: use small letters, digits and _"
+            )
+        super().__init__(url, namespace=namespace, clock=clock)
+        self.sync = sync
+        self.connections = connections
+        self.lock_seconds = lock_seconds
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._pool: psycopg_pool.ConnectionPool[psycopg.Connection[Any]] | None = None
+        self._offset = 0.0
+        self._offset_at = 0.0
+        self._listening: psycopg.Connection[Any] | None = None
+
+    # -- connections --
+
+    def _opened(self) -> psycopg_pool.ConnectionPool[psycopg.Connection[Any]]:
+        pool = self._pool
+        if pool is None:
+            with self._opening:
+                pool = self._pool or self._open()
+                self._pool = pool
+        return pool
+
+    def _open(self) -> psycopg_pool.ConnectionPool[psycopg.Connection[Any]]:
+        try:
+            with psycopg.connect(self.url, autocommit=True, connect_timeout=5) as db:
+                self._prepare(db)
+        except psycopg.Error as error:
+            raise self._translated(error) from error
+        settings = {
+            "autocommit": True,
+            "connect_timeout": 5,
+            "prepare_threshold": None,
+            "row_factory": tuple_row,
+        }
+        return psycopg_pool.ConnectionPool(
+            self.url,
+            min_size=0,
+            max_size=self.connections,
+            kwargs=settings,
+            open=True,
+            timeout=self.lock_seconds,
+            name="ledger",
+        )
+
+    def _prepare(self, db: psycopg.Connection[Any]) -> None:
+        """Make the schema if it is not there, under a lock, whole or not at all; refuse a newer one."""
+        ns = self.namespace
+        found = db.execute("SELECT to_regclass(%s)", (f"{ns}.meta",)).fetchone()
+        if not found or found[0] is None:
+            with db.transaction():
+                db.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 1))", (f"ledger schema {ns}",))
+                found = db.execute("SELECT to_regclass(%s)", (f"{ns}.meta",)).fetchone()
+                if not found or found[0] is None:
+                    db.execute(f"CREATE SCHEMA IF NOT EXISTS {ns}")  # type: ignore[arg-type]
+                    source = resources.files("ledger_stores").joinpath("postgres.sql").read_text("utf-8")
+                    db.execute(source.replace(":ns", ns))  # type: ignore[arg-type]
+        row = db.execute(f"SELECT value FROM {ns}.meta WHERE name = 'schema'").fetchone()  # type: ignore[arg-type]
+        version = int(row[0]) if row else 0
+        if version > _SCHEMA_VERSION:
+            raise StoreError(
+                f"{without_password(self.url)}: schema {ns} was written by a newer Ledger (version {version}, "
+                f"this one knows {_SCHEMA_VERSION}); nothing ran. Upgrade ledger-guard here"
+            )
+        me = ledger._me()
+        db.execute(
+            f"INSERT INTO {ns}.processes VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",  # type: ignore[arg-type]
+            tuple(me),
+        )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Every error of the driver is a `StoreError`."""
+        try:
+            yield
+        except psycopg.Error as error:
+            raise self._translated(error) from error
+
+    def _translated(self, error: Exception) -> StoreError:
+        where = without_password(self.url)
+        if isinstance(error, psycopg_pool.PoolTimeout):
+            advice = f"no connection within {self.lock_seconds:g} s; see that the server answers"
+        elif isinstance(error, psycopg.OperationalError):
+            advice = "see that the server runs there and lets this account in"
+        else:
+            advice = "see the server's log"
+        told = StoreError(f"{where}: {str(error).strip().splitlines()[0]}; {advice}")
+        told.full = getattr(error, "sqlstate", None) == "53100"
+        return told
+
+    def _ask(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """All rows of one statement: one round trip, in a transaction of its own.
+
+        A connection that broke is replaced and the statement sent again: whatever is asked here
+        may be asked twice.
+        """
+        text = sql.replace(":ns", self.namespace)
+        limit = time.monotonic() + _RETRY_SECONDS
+        while True:
+            try:
+                with self._opened().connection() as db:
+                    return db.execute(text, values).fetchall()  # type: ignore[arg-type]
+            except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+                broken = not isinstance(error, psycopg_pool.PoolTimeout) and _is_broken(error)
+                if not broken or time.monotonic() > limit:
+                    raise self._translated(error) from error
+                time.sleep(0.05)
+            except psycopg.Error as error:
+                raise self._translated(error) from error
+            except UnicodeEncodeError as error:
+                raise StoreError(f"{without_password(self.url)}: {error}; nothing was written") from error
+
+    def _call(self, name: str, *values: Any, op: Op | None = None, durable: bool = True) -> Verdict:
+        """One of the functions; what need not be durable does not wait for the server's disk."""
+        marks = ", ".join(["%s"] * len(values))
+        lax = "" if durable else ", set_config('synchronous_commit', 'off', true)"
+        found = self._ask(f"SELECT :ns.{name}({marks}){lax}", [_clean(v) for v in values])
+        return verdict_from(found[0][0], op)
+
+    # -- operations --
+
+    def transact(self, op: Op) -> Verdict:
+        """Apply one operation in one round trip; repeating it after an error is safe."""
+        if isinstance(op, ledger.Claim):
+            seen = op.not_done or (None, None)
+            return self._call(
+                "claim", op.call, op.token, op.tool, op.wf, op.caller, op.key, op.args, op.matched, op.max,
+                op.ttl, op.lease, op.on_doubt, int(op.forced), *seen, op=op, durable=self.sync != "off",
+            )  # fmt: skip
+        if isinstance(op, ledger.Settle):
+            ending = (op.status, op.result, op.error, op.trace)
+            durable = self.sync == "full"
+            return self._call("settle", op.call, op.run, op.claim.token, *ending, durable=durable)
+        if isinstance(op, ledger.Renew):
+            return self._call("renew", op.call, op.run, op.claim.token, op.claim.lease, durable=False)
+        if isinstance(op, ledger.Release):
+            return self._call("release", *op)
+        if isinstance(op, ledger.Resolve):
+            return self._call("resolve", *op)
+        return self._call("reset_call", op.call, op.asked)
+
+    def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
+        sql = "SELECT :ns.count(%s), set_config('synchronous_commit', 'off', true)"
+        self._ask(sql, (json.dumps([[_clean(v) for v in item] for item in sums]),))
+
+    def reset(self, wf: str | None, asked: int) -> None:
+        """Forget every call of a workflow (None: of all) in one transaction; `InProgress` while one runs."""
+        self.flush()
+        verdict = self._call("reset_scope", wf, asked)
+        if verdict.kind == "live" and verdict.row is not None:
+            raise ledger._busy_reset(self.describe([verdict.row]))
+
+    # -- looking --
+
+    def rows(self, call: str) -> list[Run]:
+        """All runs of a call, oldest first."""
+        found = self._ask(f"SELECT {_COLUMNS} FROM :ns.runs WHERE call = %s ORDER BY run", (call,))
+        return [Run(*row) for row in found]
+
+    def quick(self, call: str) -> Sequence[tuple[str, int, str | None, int]]:
+        """Nothing: the claim itself tells a duplicate why it lost, in the same round trip."""
+        return ()
+
+    async def quick_async(self, call: str) -> Sequence[tuple[str, int, str | None, int]]:
+        """Nothing, without a thread."""
+        return ()
+
+    def _now(self) -> Now:
+        wall = self._server_time()
+        return Now(wall, self.clock.mono(), lambda run: run.lease <= wall)
+
+    def _server_time(self) -> int:
+        """The server's clock, from a comparison with ours that is at most ten seconds old."""
+        now = time.monotonic()
+        if not self._offset_at or now - self._offset_at > 10:
+            self._offset = self._ask("SELECT :ns.now_us()")[0][0] - time.monotonic() * 1e6
+            self._offset_at = now
+        return int(time.monotonic() * 1e6 + self._offset)
+
+    def is_over(self, run: Run) -> bool:
+        """Whether the lease of a RUNNING run has lapsed by the server's clock."""
+        return bool(self._ask("SELECT :ns.now_us()")[0][0] >= run.lease)
+
+    def holder(self, run: Run) -> str:
+        """Where the owner of a run lives, for people."""
+        name = run.owner.partition(".")[0]
+        found = self._ask("SELECT host, pid FROM :ns.processes WHERE id = %s", (name,))
+        return f"pid {found[0][1]} on {found[0][0]}" if found else run.caller
+
+    def look(self, call: str) -> Record | None:
+        """The record of a call; None if it was never made."""
+        rows = self.rows(call)
+        if rows:
+            return self.describe(rows)
+        tallies = self._ask("SELECT * FROM :ns.tallies WHERE call = %s", (call,))
+        return ledger._record_of_tally(tallies[0]) if tallies else None
+
+    def calls(self, tool: str | None = None, wf: str | None = None) -> Iterator[tuple[Record, list[Run]]]:
+        """Every call with its runs, oldest first, a page at a time."""
+        after = 0
+        while page := self._ask(
+            "SELECT id, call FROM :ns.runs r WHERE id > %s AND (%s::text IS NULL OR wf = %s) AND NOT EXISTS"
+            " (SELECT 1 FROM :ns.runs e WHERE e.call = r.call AND e.run < r.run) ORDER BY id LIMIT 500",
+            (after, wf, wf),
+        ):
+            after = page[-1][0]
+            calls = [row[1] for row in page]
+            found: dict[str, list[Run]] = {call: [] for call in calls}
+            for row in self._ask(
+                f"SELECT {_COLUMNS} FROM :ns.runs WHERE call = ANY(%s) ORDER BY call, run", (calls,)
+            ):
+                found[row[0]].append(Run(*row))
+            for rows in found.values():
+                if rows and ledger._is_named(rows[-1].tool, tool):
+                    yield self.describe(rows), rows
+        place = ""
+        while tallies := self._ask(
+            "SELECT * FROM :ns.tallies WHERE call > %s AND (%s::text IS NULL OR wf = %s) ORDER BY call LIMIT 500",
+            (place, wf, wf),
+        ):
+            place = tallies[-1][0]
+            for row in tallies:
+                if ledger._is_named(row[1], tool):
+                    yield ledger._record_of_tally(row), []
+
+    def events(self, after: int = 0) -> Iterator[dict[str, Any]]:
+        """What happened after that sequence number, oldest first; none is skipped that commits later."""
+        self.flush_for_reading()
+        sql = (
+            f"SELECT {', '.join(_EVENTS)} FROM :ns.events WHERE seq > %s AND"
+            " seq < pg_snapshot_xmin(pg_current_snapshot())::text::bigint * 4096 ORDER BY seq LIMIT 500"
+        )
+        while page := self._ask(sql, (after,)):
+            for row in page:
+                yield {**dict(zip(_EVENTS, row, strict=True)), "at": ledger._iso(row[4])}
+            after = page[-1][0]
+
+    def totals(self) -> ledger.Totals:
+        """Per tool: actions, attempts, executed, blocked, failed, in_doubt, suspended, running."""
+        self.flush_for_reading()
+        found = self._ask(_TOTALS)
+        return {row[0]: dict(zip(ledger._TOTALS, map(int, row[1:]), strict=True)) for row in found}
+
+    def last_errors(self) -> dict[str, str | None]:
+        """By tool, the error of its newest call whose latest run failed."""
+        return dict(self._ask(_LAST_ERRORS))
+
+    # -- duplicates that wait: NOTIFY wakes them, looking does where a pooler swallows it --
+
+    def changed(self, calls: Sequence[str], seconds: float) -> list[str]:
+        """Which of these calls have no live run any more; returns after so many seconds, or when notified."""
+        if found := self._without_live_run(calls):
+            return found
+        self._ask(_ASK_TO_BE_TOLD, (ledger._me().id, list(calls)))
+        if found := self._without_live_run(calls):  # it ended before anybody knew of us
+            return found
+        try:
+            for _ in self._listener().notifies(timeout=seconds, stop_after=1):
+                pass
+        except psycopg.Error:
+            self._drop_listener()
+            time.sleep(seconds)
+        return self._without_live_run(calls)
+
+    def _without_live_run(self, calls: Sequence[str]) -> list[str]:
+        return [row[0] for row in self._ask(_WITHOUT_LIVE_RUN, (list(calls),))]
+
+    def _listener(self) -> psycopg.Connection[Any]:
+        if self._listening is None or self._listening.closed:
+            self._listening = psycopg.connect(self.url, autocommit=True, connect_timeout=5)
+            self._listening.execute(f"LISTEN {self.namespace}")  # type: ignore[arg-type]
+        return self._listening
+
+    def _drop_listener(self) -> None:
+        listening, self._listening = self._listening, None
+        if listening is not None:
+            listening.close()
+
+    def check(self) -> dict[str, Any]:
+        """Prove that the store can be read and written; raises `StoreError`."""
+        self._ask(
+            "INSERT INTO :ns.meta VALUES ('checked', :ns.now_us()::text) ON CONFLICT (name) DO UPDATE SET"
+            " value = EXCLUDED.value RETURNING value"
+        )
+        return {"store": without_password(self.url), "ok": True, "schema": _SCHEMA_VERSION, "sync": self.sync}
+
+    def close(self) -> None:
+        """Finish what is pending and close the connections; they open again when the store is used again."""
+        super().close()
+        with self._opening:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
+        self._drop_listener()
+
+    def _abandon(self) -> None:
+        self._pool = self._listening = None
+
+
+def _is_broken(error: Exception) -> bool:
+    """Whether the connection is gone, rather than the statement refused."""
+    state = getattr(error, "sqlstate", None)
+    return state is None or state[:2] in ("08", "57")
+
+
+def _clean(value: Any) -> Any:
+    """PostgreSQL's text holds no NUL; it is shown as its picture."""
+    return value.replace("\0", "\u2400") if isinstance(value, str) else value
+
+
+_TOTALS = """
+SELECT tool, SUM(actions), SUM(attempts), SUM(executed), SUM(blocked), SUM(failed), SUM(in_doubt),
+       SUM(suspended), SUM(running)
+  FROM (
+    SELECT tool, COUNT(DISTINCT call) AS actions, COUNT(*) + SUM(blocked) AS attempts,
+           COUNT(*) FILTER (WHERE status = 'success' OR late = 'success') AS executed,
+           SUM(blocked) AS blocked, 0 AS failed, 0 AS in_doubt, 0 AS suspended, 0 AS running
+      FROM :ns.runs GROUP BY tool
+    UNION ALL
+    SELECT tool, 0, 0, 0, 0, (status = 'failed')::integer,
+           (status = 'running' AND lease <= :ns.now_us()
+            OR status = 'doubt' AND released = 0 AND late IS DISTINCT FROM 'success')::integer,
+           (status = 'suspended')::integer, (status = 'running' AND lease > :ns.now_us())::integer
+      FROM :ns.runs r
+     WHERE status <> 'success' AND NOT EXISTS (SELECT 1 FROM :ns.runs l WHERE l.call = r.call AND l.run > r.run)
+    UNION ALL
+    SELECT tool, COUNT(*), SUM(ran + raised), SUM(ran), 0, 0, 0, 0, 0 FROM :ns.tallies GROUP BY tool) AS parts
+ GROUP BY tool ORDER BY tool
+"""
+#: whoever settles one of these calls within the next five seconds sends a notification
+_ASK_TO_BE_TOLD = """
+INSERT INTO :ns.waiting SELECT c, %s, :ns.now_us() + 5000000 FROM unnest(%s::text[]) AS c
+ON CONFLICT (call, process) DO UPDATE SET until = EXCLUDED.until RETURNING 1
+"""
+_WITHOUT_LIVE_RUN = """
+SELECT c FROM unnest(%s::text[]) AS c WHERE NOT EXISTS (
+  SELECT 1 FROM :ns.runs r WHERE r.call = c AND r.status = 'running' AND r.lease > :ns.now_us())
+"""
+_LAST_ERRORS = """
+SELECT DISTINCT ON (tool) tool, error FROM :ns.runs r
+ WHERE status = 'failed' AND NOT EXISTS (SELECT 1 FROM :ns.runs l WHERE l.call = r.call AND l.run > r.run)
+ ORDER BY tool, id DESC
+"""

@@ -1,0 +1,80 @@
+"""Every store passes the one suite that users can put their own store through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ledger import Clock, MemoryStore, SqliteStore, Store
+from ledger_stores.testing import FakeClock, StoreConformance
+from tests.stores.kit import SixMethodStore
+from tests.stores.servers import fresh_namespace, postgres_url
+
+
+class TestSqlite(StoreConformance):
+    """The store of every day."""
+
+    is_shared = True
+
+    def make(self, folder: Path, clock: Clock) -> Store:
+        return SqliteStore(folder / "ledger.db", sync="off", clock=clock)
+
+    def again(self, store: Store) -> Store:
+        assert isinstance(store, SqliteStore)
+        return SqliteStore(store.path, sync="off", clock=store.clock)
+
+
+class TestMemory(StoreConformance):
+    """The store of tests."""
+
+    def make(self, folder: Path, clock: Clock) -> Store:
+        return MemoryStore(clock=clock)
+
+
+class TestSixMethods(StoreConformance):
+    """What a user writes: a dict behind six methods."""
+
+    keeps_events = False
+    resets_at_once = False
+
+    def make(self, folder: Path, clock: Clock) -> Store:
+        return SixMethodStore(clock=clock)
+
+
+class TestPostgres(StoreConformance):
+    """A real PostgreSQL; its clock is put where the test can set it."""
+
+    is_shared = True
+
+    def make(self, folder: Path, clock: Clock) -> Store:
+        import psycopg
+
+        from ledger_stores.postgres import PostgresStore
+
+        namespace = fresh_namespace()
+        store = PostgresStore(postgres_url(), namespace=namespace, clock=clock)
+        store.check()
+        with psycopg.connect(postgres_url(), autocommit=True) as db:
+            db.execute(
+                f"CREATE OR REPLACE FUNCTION {namespace}.now_us() RETURNS bigint LANGUAGE sql VOLATILE AS"
+                f" $$ SELECT value::bigint FROM {namespace}.meta WHERE name = 'now' $$"
+            )
+            db.execute(f"INSERT INTO {namespace}.meta VALUES ('now', %s)", (str(clock.wall()),))
+        return store
+
+    def again(self, store: Store) -> Store:
+        from ledger_stores.postgres import PostgresStore
+
+        assert isinstance(store, PostgresStore)
+        return PostgresStore(store.url, namespace=store.namespace)
+
+    def advance(self, store: Store, clock: FakeClock, seconds: float) -> None:
+        import psycopg
+
+        from ledger_stores.postgres import PostgresStore
+
+        assert isinstance(store, PostgresStore)
+        clock.advance(seconds)
+        with psycopg.connect(postgres_url(), autocommit=True) as db:
+            db.execute(
+                f"UPDATE {store.namespace}.meta SET value = %s WHERE name = 'now'", (str(clock.wall()),)
+            )

@@ -1,0 +1,531 @@
+"""The dashboard in a real Chromium: what people see and do, and that nothing recorded runs there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect, sync_playwright
+
+from tests.actors import Actor, Stage
+from tests.dashboard_kit import CHARGER, ROOT, Server, keep_running, leave_doubt, serving, tell_story
+
+SCREENSHOTS = ROOT / "build" / "screenshots"
+OPTIONS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+)  # fmt: skip
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+SIZES = ((1440, 900), (768, 1024), (390, 844))
+PATIENCE_MS = 20_000
+
+#: what would set `pwned` if any of it ran
+PAYLOAD = "\"'><script>pwned=1</script><img src=x onerror=pwned=1><svg onload=pwned=1>{{7*7}}\u202eevil"
+HOSTILE = f"""
+PAYLOAD = {PAYLOAD!r}
+
+def charge(**named):
+    return {{PAYLOAD: [PAYLOAD, {{"deep": PAYLOAD}}]}}
+
+def fail(text):
+    raise ValueError(text)
+
+def hang(text):
+    say("inside")
+    hear()
+
+for tool in (charge, fail, hang):
+    tool.__qualname__ = tool.__name__ + PAYLOAD
+guard.policy(charge, key=lambda **named: PAYLOAD)
+guard.policy(fail, unlimited=False)
+with guard.workflow(PAYLOAD), guard.as_caller(PAYLOAD):
+    for _ in range(2):
+        guard(charge, **{{PAYLOAD: PAYLOAD}})
+    try:
+        guard(fail, PAYLOAD)
+    except ValueError:
+        pass
+    guard(hang, PAYLOAD)
+"""
+
+
+def chromium() -> str:
+    """Where the browser is; without one the test is skipped, and in CI it fails."""
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None:
+        message = f"there is no browser here (looked for {', '.join(NAMES)}; CHROMIUM=/path names one)"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """One browser for all tests of this module."""
+    path = chromium()
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=list(OPTIONS))
+        yield opened
+        opened.close()
+
+
+class Visit:
+    """A page, and all that its console complained of."""
+
+    def __init__(self, context: BrowserContext, url: str) -> None:
+        self.page = context.new_page()
+        self.page.set_default_timeout(PATIENCE_MS)
+        self.url = url
+        self.complaints: list[str] = []
+        self.hosts: set[str] = set()
+        self.page.on("console", self._note)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.hosts.add(request.url.split("/")[2]))
+
+    def _note(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(f"{message.text} ({message.location.get('url')})")
+
+    def go(self, path: str, *, live: bool = True) -> Page:
+        """Open a page, and wait until it follows the ledger."""
+        self.page.goto(self.url + path)
+        if live:
+            expect(self.page.locator("#link-words")).to_have_text("live", timeout=PATIENCE_MS)
+        return self.page
+
+
+@pytest.fixture
+def visits(browser: Browser) -> Iterator[list[tuple[BrowserContext, Visit]]]:
+    """Pages that a test opens; none may have complained or have asked another host."""
+    opened: list[tuple[BrowserContext, Visit]] = []
+    yield opened
+    complaints = [complaint for _, visit in opened for complaint in visit.complaints]
+    strangers = {host for _, visit in opened for host in visit.hosts} - {
+        v.url.split("/")[2] for _, v in opened
+    }
+    for context, _ in opened:
+        context.close()
+    assert [] == complaints
+    assert set() == strangers
+
+
+def visit(
+    browser: Browser,
+    visits: list[tuple[BrowserContext, Visit]],
+    url: str,
+    size: tuple[int, int] = SIZES[0],
+    scheme: str = "light",
+) -> Visit:
+    """A visitor with a screen of that size and that colour scheme."""
+    context = browser.new_context(
+        viewport={"width": size[0], "height": size[1]},
+        color_scheme="dark" if scheme == "dark" else "light",
+        reduced_motion="reduce",
+    )
+    made = Visit(context, url)
+    visits.append((context, made))
+    return made
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """A ledger with a story, two doubts and a run that goes on, for tests that only look."""
+    with Stage(tmp_path_factory.mktemp("told")) as stage:
+        tell_story(stage)
+        leave_doubt(stage)
+        leave_doubt(stage, "LHR-JFK", "trip 9")
+        keep_running(stage)
+        yield stage
+
+
+@pytest.fixture(scope="module")
+def server(told: Stage) -> Iterator[Server]:
+    """A dashboard of it."""
+    with serving(told.db) as running:
+        yield running
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    """A ledger of the test's own."""
+    with Stage(tmp_path) as made:
+        yield made
+
+
+def charger(stage: Stage) -> Actor:
+    """A process that charges what it is told."""
+    actor = stage.start(CHARGER)
+    assert actor.line() == "ready"
+    return actor
+
+
+def charge(actor: Actor, order: str) -> None:
+    """Have it charge an order, and wait until that is recorded."""
+    actor.tell(order)
+    assert actor.line() == "done"
+
+
+Visits = list[tuple[BrowserContext, Visit]]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: str(size[0]))
+def test_every_page_fits_every_screen(
+    browser: Browser, visits: Visits, server: Server, size: tuple[int, int], scheme: str
+) -> None:
+    """No page scrolls sideways at desk, tablet or phone width, and its colours follow the system's scheme."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    visitor = visit(browser, visits, server.url, size, scheme)
+    page = visitor.go("/calls?status=success&tool=charge")
+    call = str(page.locator("#rows a").first.get_attribute("href"))
+    page = visitor.go("/calls?status=failed")
+    failed = str(page.locator("#rows a").first.get_attribute("href"))
+    paths = {
+        "overview": "/",
+        "calls": "/calls",
+        "call": call,
+        "failed": failed,
+        "live": "/live",
+        "doubts": "/doubts",
+    }
+    for name, path in paths.items():
+        page = visitor.go(path)
+        if name == "overview":
+            expect(page.locator("#chart canvas")).to_be_visible()
+        page.screenshot(path=SCREENSHOTS / f"{name}-{size[0]}-{scheme}.png", full_page=name != "calls")
+
+        assert 0 >= page.evaluate(
+            "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        ), name
+        shade = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]")
+        assert shade < 60 if scheme == "dark" else shade > 200
+
+
+CONTRAST = """
+() => {
+  const light = (color) => {
+    const [r, g, b] = color.map((c) => { c /= 255; return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const rgba = (text) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = text; canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data]; };
+  const behind = (element) => {
+    for (let e = element; e; e = e.parentElement) {
+      const color = rgba(getComputedStyle(e).backgroundColor);
+      if (color[3] > 250) return color.slice(0, 3);
+    }
+    return [255, 255, 255];
+  };
+  const weak = new Set();
+  for (const element of document.querySelectorAll("body *")) {
+    const own = [...element.childNodes].some((n) => n.nodeType === 3 && n.nodeValue.trim());
+    if (!own || !element.checkVisibility() || element.closest("script, template, .sr, .skip")) continue;
+    const style = getComputedStyle(element);
+    const [a, b] = [light(rgba(style.color).slice(0, 3)), light(behind(element))].sort((x, y) => y - x);
+    const ratio = (a + 0.05) / (b + 0.05);
+    const large = parseFloat(style.fontSize) >= 24 || (parseFloat(style.fontSize) >= 18.66 && style.fontWeight >= 700);
+    if (ratio < (large ? 3 : 4.5)) weak.add(`${ratio.toFixed(2)} ${element.tagName}.${element.className}: ${element.textContent.trim().slice(0, 40)}`);
+  }
+  return [...weak];
+}
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast_and_controls_have_names(
+    browser: Browser, visits: Visits, server: Server, scheme: str
+) -> None:
+    """All text reaches AA contrast in both schemes; every field, button and link says what it is."""
+    visitor = visit(browser, visits, server.url, scheme=scheme)
+    for path in ("/", "/calls", "/live", "/doubts"):
+        page = visitor.go(path)
+
+        assert [] == page.evaluate(CONTRAST), path
+        nameless = page.evaluate(
+            "[...document.querySelectorAll('input, select, textarea')].filter(e => !e.labels.length)"
+            ".concat([...document.querySelectorAll('a, button')].filter(e => e.checkVisibility() && "
+            "!e.textContent.trim() && !e.ariaLabel)).map(e => e.outerHTML)"
+        )
+        assert [] == nameless
+        assert 1 == page.locator("h1").count()
+        assert 1 == page.locator("main").count()
+
+
+def test_a_filter_narrows_at_once_and_lives_in_the_url(
+    browser: Browser, visits: Visits, server: Server
+) -> None:
+    """Typing and choosing change list and URL without a reload; the URL and the back button bring a list back."""
+    page = visit(browser, visits, server.url).go("/calls")
+    page.evaluate("window.same = true")
+    page.locator("#search").press_sequentially("customer11@")
+    expect(page.locator("#rows tr")).to_have_count(1)
+    page.wait_for_url("**/calls?search=customer11%40")
+    page.locator("#search").fill("")
+    expect(page.locator("#rows tr")).to_have_count(29)
+    page.locator("#status").select_option("failed")
+    expect(page.locator("#rows tr")).to_have_count(1)
+    page.wait_for_url("**/calls?status=failed")
+    assert page.evaluate("window.same")
+    expect(page.locator("#announce")).to_have_text("1 call shown")
+
+    page.locator("#since").fill("bla")
+    page.keyboard.press("Enter")
+    expect(page.locator("#filter-error")).to_contain_text("'bla' is no time")
+    visits[0][1].complaints.clear()  # the browser itself tells of the 400
+    page.locator("#since").fill("")
+    page.locator("#status").select_option("")
+    page.locator("#wf").fill("no such workflow")
+    page.keyboard.press("Enter")
+    expect(page.locator(".empty h2")).to_have_text("No call fits this filter")
+    expect(page.locator("#filter-error")).to_be_hidden()
+    page.reload()
+    expect(page.locator("#wf")).to_have_value("no such workflow")
+    page.go_back()
+    page.wait_for_function("!location.search.includes('wf=no')")
+    assert "no+such" not in page.url
+
+
+def test_dragging_over_the_chart_chooses_a_range(browser: Browser, visits: Visits, server: Server) -> None:
+    """A drag puts the range into the URL and the figures of it above the chart; reset takes it back."""
+    page = visit(browser, visits, server.url).go("/")
+    expect(page.locator("#range-executed")).to_have_text("26")
+    box = page.locator("#chart .u-over").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 20, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 60, steps=5)
+    page.mouse.up()
+    page.wait_for_url(re.compile(r"\?since=.+&until=.+"))
+    expect(page.locator("#range-executed")).to_have_text("0")
+    page.reload()
+    expect(page.locator("#range-executed")).to_have_text("0")
+    page.locator("#range-reset").click()
+    expect(page.locator("#range-executed")).to_have_text("26")
+    assert "since" not in page.url
+    page.locator(".ranges a", has_text="7 days").click()
+    page.wait_for_url("**/?since=7d")
+    expect(page.locator(".ranges a[aria-current]")).to_have_text("7 days")
+
+
+def test_rows_come_in_while_one_reads(browser: Browser, visits: Visits, stage: Stage) -> None:
+    """Calls of another process appear on top; the row one reads stays in its place, and selected text selected."""
+    tell_story(stage)
+    teller = charger(stage)
+    with serving(stage.db) as server:
+        page = visit(browser, visits, server.url, (1024, 500)).go("/calls")
+        page.evaluate(
+            """() => {
+              const row = document.querySelectorAll("#rows tr")[12];
+              row.scrollIntoView({ block: "center" });
+              getSelection().selectAllChildren(row.querySelector(".what a"));
+              window.row = row;
+            }"""
+        )
+        before = page.evaluate("[window.row.getBoundingClientRect().top, String(getSelection())]")
+        for n in range(3):
+            charge(teller, f"live-{n}")
+        expect(page.locator("#rows tr")).to_have_count(29, timeout=PATIENCE_MS)
+        after = page.evaluate("[window.row.getBoundingClientRect().top, String(getSelection())]")
+        first = page.locator("#rows tr").first
+
+        expect(first).to_contain_text('order="live-2"')
+        assert abs(before[0] - after[0]) < 2
+        assert before[1] == after[1] != ""
+        charge(teller, "live-2")
+        expect(first.locator('[data-label="blocked"]')).to_have_text("1", timeout=PATIENCE_MS)
+        teller.tell("")
+        teller.ends_well()
+
+
+def test_the_overview_counts_on_by_itself(browser: Browser, visits: Visits, stage: Stage) -> None:
+    """The headline of an open page grows with each duplicate, from the empty ledger on."""
+    stage.start("guard.check()\nguard.close()\n").ends_well()
+    teller = charger(stage)
+    with serving(stage.db) as server:
+        page = visit(browser, visits, server.url).go("/")
+        expect(page.locator(".empty h2")).to_have_text("No calls yet")
+        charge(teller, "first")
+        expect(page.locator("#headline")).to_have_text("0", timeout=PATIENCE_MS)
+        expect(page.locator("#chart canvas")).to_be_visible()
+        charge(teller, "first")
+        expect(page.locator("#headline")).to_have_text("1", timeout=PATIENCE_MS)
+        expect(page.locator("#range-blocked")).to_have_text("1")
+        teller.tell("")
+        teller.ends_well()
+
+
+def test_live_shows_events_and_can_be_paused(browser: Browser, visits: Visits, stage: Stage) -> None:
+    """Events appear as they happen, wait while paused, and each appears once."""
+    teller = charger(stage)
+    charge(teller, "before")
+    with serving(stage.db) as server:
+        page = visit(browser, visits, server.url).go("/live")
+        rows = page.locator("#events > li")
+        expect(rows).to_have_count(2)
+        charge(teller, "one")
+        expect(rows).to_have_count(4, timeout=PATIENCE_MS)
+        page.locator("#pause").click()
+        charge(teller, "two")
+        expect(page.locator("#held")).to_have_text("paused, 2 events waiting", timeout=PATIENCE_MS)
+        expect(rows).to_have_count(4)
+        page.locator("#pause").click()
+        expect(rows).to_have_count(6)
+        kinds = rows.locator(".badge").all_text_contents()
+        rows.first.locator("a").click()
+        expect(page.locator("h1")).to_contain_text("charge")
+        teller.tell("")
+        teller.ends_well()
+
+    assert ["success", "claimed"] * 3 == kinds
+
+
+def test_a_person_settles_doubts_and_retries(browser: Browser, visits: Visits, stage: Stage) -> None:
+    """The dialog names the call; done, not done and retry take effect, with result and note, and the page follows."""
+    leave_doubt(stage, "FRA-LIS")
+    leave_doubt(stage, "LHR-JFK", "trip 9")
+    with serving(stage.db) as server:
+        page = visit(browser, visits, server.url).go("/doubts")
+        expect(page.locator(".doubts > li")).to_have_count(2)
+        first = page.locator(".doubts > li").first
+        fingerprint = str(first.locator("code").first.text_content())
+        first.get_by_role("button", name="Mark done").click()
+        dialog = page.get_by_role("dialog")
+        expect(dialog).to_contain_text("Mark this call as done?")
+        expect(dialog).to_contain_text("book_flight")
+        expect(dialog).to_contain_text(fingerprint)
+        page.screenshot(path=SCREENSHOTS / "dialog.png")
+        dialog.get_by_label("Result").fill("not json")
+        dialog.get_by_role("button", name="Mark done").click()
+        expect(dialog.get_by_role("alert")).to_contain_text("not JSON")
+        visits[0][1].complaints.clear()  # the browser itself tells of the 400
+        dialog.get_by_label("Result").fill('{"pnr": "X7"}')
+        dialog.get_by_label("Note").fill("seen in their books")
+        dialog.get_by_role("button", name="Mark done").click()
+        expect(dialog).to_be_hidden()
+        expect(page.locator(".doubts > li")).to_have_count(1)
+        expect(page.locator("#doubt-count")).to_contain_text("1")
+
+        page.goto(f"{server.url}/calls/{fingerprint}")
+        expect(page.locator("h1 .badge")).to_have_text("success")
+        expect(page.locator(".timeline")).to_contain_text("seen in their books")
+        expect(page.locator(".json").last).to_contain_text("X7")
+        page.get_by_role("button", name="Retry").click()
+        page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
+        expect(page.get_by_role("dialog")).to_be_hidden()
+        page.get_by_role("button", name="Retry").click()
+        page.get_by_role("dialog").get_by_role("button", name="Retry").click()
+        expect(page.locator(".verdict")).to_contain_text("would run: run 1 was released")
+
+        page.goto(f"{server.url}/doubts")
+        page.get_by_role("button", name="Mark not done").click()
+        page.get_by_role("dialog").get_by_role("button", name="Mark not done").click()
+        expect(page.locator(".empty h2")).to_have_text("Nothing is in doubt")
+
+
+def test_the_keyboard_is_enough(browser: Browser, visits: Visits, stage: Stage) -> None:
+    """Skip link, search, places, opening a call and deciding about it work without a mouse, with visible focus."""
+    tell_story(stage)
+    leave_doubt(stage)
+    with serving(stage.db) as server:
+        page = visit(browser, visits, server.url).go("/")
+        page.keyboard.press("Tab")
+        expect(page.locator(".skip")).to_be_focused()
+        expect(page.locator(".skip")).to_be_in_viewport()
+        page.keyboard.press("Enter")
+        expect(page.locator("main")).to_be_focused()
+        page.keyboard.press("/")
+        expect(page.locator("#search")).to_be_focused()
+        page.keyboard.type("FRA-LIS")
+        expect(page.locator("#rows tr")).to_have_count(1)
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.closest('#rows') !== null"):
+                break
+        assert "none" != page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        page.keyboard.press("Enter")
+        expect(page.locator("h1")).to_contain_text("book_flight")
+        page.get_by_role("button", name="Mark not done").focus()
+        page.keyboard.press("Enter")
+        expect(page.locator("#act-note")).to_be_focused()
+        page.keyboard.press("Escape")
+        expect(page.get_by_role("dialog")).to_be_hidden()
+        page.keyboard.press("Enter")
+        page.keyboard.type("nothing was booked")
+        page.keyboard.press("Enter")
+        expect(page.locator(".timeline")).to_contain_text("nothing was booked")
+        page.keyboard.press("g")
+        page.keyboard.press("d")
+        expect(page.locator("h1")).to_have_text("Doubts")
+
+
+def test_nothing_recorded_ever_runs(browser: Browser, visits: Visits, stage: Stage) -> None:
+    """A script in tool, workflow, caller, key, argument names and values, result and error is shown as text."""
+    victim = stage.start(HOSTILE)
+    assert victim.line() == "inside"
+    victim.kill()
+    with serving(stage.db) as server:
+        visitor = visit(browser, visits, server.url)
+        page = visitor.go("/calls")
+        expect(page.locator("#rows tr")).to_have_count(3)
+        links = [str(link.get_attribute("href")) for link in page.locator("#rows a").all()]
+        for path in ("/", "/calls", "/live", "/doubts", *links):
+            page = visitor.go(path)
+            expect(page.locator("main")).to_contain_text("<script>pwned=1</script>")
+
+            assert "undefined" == page.evaluate("typeof pwned")
+            assert 0 == page.locator("main img, main svg[onload], main script").count()
+            assert "\u202e" not in page.locator("main").inner_text()
+        page = visitor.go("/live")
+        stage.start(
+            HOSTILE.replace("guard(hang, PAYLOAD)", "guard.close()").replace(
+                "guard(charge", "guard.call(charge"
+            )
+        ).ends_well()
+        expect(page.locator("#events li.fresh")).not_to_have_count(0, timeout=PATIENCE_MS)
+        page = visitor.go("/doubts")
+        page.get_by_role("button", name="Retry").click()
+        expect(page.get_by_role("dialog")).to_contain_text("<script>pwned=1</script>")
+
+        assert "undefined" == page.evaluate("typeof pwned")
+
+
+def test_a_lost_server_and_a_lost_ledger_are_told(browser: Browser, visits: Visits, stage: Stage) -> None:
+    """The badge says so; the error page says what to do, and comes back by itself when the file does."""
+    tell_story(stage)
+    hidden = stage.db.with_suffix(".hidden")
+    with serving(stage.db) as server:
+        visitor = visit(browser, visits, server.url)
+        page = visitor.go("/calls")
+        stage.db.rename(hidden)
+        expect(page.locator("#link-words")).to_have_text("ledger is gone", timeout=PATIENCE_MS)
+        page.reload()
+        expect(page.locator("h1")).to_contain_text("There is no ledger at")
+        page.screenshot(path=SCREENSHOTS / "gone.png")
+        hidden.rename(stage.db)
+        expect(page.locator("#rows tr")).to_have_count(26, timeout=PATIENCE_MS)
+        expect(page.locator("#link-words")).to_have_text("live", timeout=PATIENCE_MS)
+        server.stop()
+        expect(page.locator("#link-words")).to_have_text("disconnected", timeout=PATIENCE_MS)
+        visitor.complaints.clear()  # the browser itself tells of 503 and of the lost connection
+        page.close()
+
+
+def test_the_token_form_lets_one_in(browser: Browser, visits: Visits, told: Stage) -> None:
+    """A stranger is asked for the token; afterwards the address does not hold it."""
+    with serving(told.db, "--token", "a-long-token-for-a-test") as server:
+        visitor = visit(browser, visits, server.url)
+        page = visitor.go("/calls", live=False)
+        expect(page.locator("h1")).to_have_text("A token is needed")
+        visitor.complaints.clear()  # the browser itself tells of the 401
+        page.get_by_label("Token").fill("a-long-token-for-a-test")
+        page.keyboard.press("Enter")
+        expect(page.locator("#rows tr")).to_have_count(29)
+        expect(page.locator("#link-words")).to_have_text("live", timeout=PATIENCE_MS)
+
+        assert f"{server.url}/calls" == page.url
+        page.close()
