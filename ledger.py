@@ -1369,6 +1369,8 @@ class Claim(NamedTuple):
             if len(counted) >= self.max:
                 return Verdict("done", counted[-1])
             doubtful = latest.status in ("running", "doubt") and not latest.released
+            if doubtful and _mismatch(latest.matched, self.matched):
+                return Verdict("conflict", latest)
             if doubtful and self.on_doubt != "rerun" and self.not_done != (latest.run, latest.owner):
                 return Verdict("reconcile" if self.on_doubt == "reconcile" else "doubt", latest)
         return Verdict("run", latest, None, _anchor(rows))
@@ -1403,6 +1405,14 @@ class Claim(NamedTuple):
         elif latest.status == "doubt" and self.forced:
             change.move(latest, released=1)
         return None
+
+
+def _mismatch(theirs: str | None, ours: str | None) -> list[str]:
+    """The parameters named in match= whose digests are not what they were."""
+    if not (theirs and ours) or theirs == ours:
+        return []
+    old, new = json.loads(theirs), json.loads(ours)
+    return sorted(n for n in new if n in old and new[n] != old[n])
 
 
 def _anchor(rows: Sequence[Run]) -> int:
@@ -2467,7 +2477,7 @@ class SqliteStore(Store):
             db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
         db.execute("COMMIT")
 
-    def _refuse_replaced(self) -> None:
+    def _refuse_replaced(self, *, looking: bool = False) -> None:
         """A ledger that was deleted or replaced under us is an error, never a reason to start afresh."""
         try:
             found = os.stat(self.path)
@@ -2476,9 +2486,10 @@ class SqliteStore(Store):
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             what = "was deleted"
         if what:
+            ran = "" if looking else "nothing ran, because nobody knows what the lost file had recorded. "
             raise StoreError(
-                f"{self.path} {what} while it was in use; nothing ran, because nobody knows what the lost "
-                "file had recorded. Put the file back, or restart the process to begin with what is there"
+                f"{self.path} {what} while it was in use; {ran}Put the file back, or restart the process to "
+                "begin with what is there"
             )
 
     def _lay_ballast(self) -> None:
@@ -2823,6 +2834,8 @@ class SqliteStore(Store):
                 if self._is_ready(db):
                     db.execute("SELECT 1 FROM runs LIMIT 1").fetchone()
                     db.execute("PRAGMA query_only = 1")
+                    found = os.stat(self.path)
+                    self._identity = self._identity or (found.st_dev, found.st_ino)
                     return db
                 db.close()
                 return None
@@ -2865,6 +2878,8 @@ class SqliteStore(Store):
     def browse(self, sql: str, values: Sequence[Any] | dict[str, Any] = ()) -> list[Any]:
         """All rows of a longer query, on a connection that cannot write, beside the duplicates'."""
         nothing: list[Any] = []
+        if self._identity is not None:  # an open connection would read on in a file that was deleted
+            self._refuse_replaced(looking=True)
         return self._read(nothing, lambda db: db.execute(sql, values).fetchall(), door=self._browser)
 
     def calls(self, tool: str | None = None, wf: str | None = None) -> Iterator[tuple[Record, list[Run]]]:
@@ -3145,7 +3160,7 @@ class MemoryStore(SqliteStore):
         self._prepare(db)
         return db
 
-    def _refuse_replaced(self) -> None:
+    def _refuse_replaced(self, *, looking: bool = False) -> None:
         """There is no file that could be."""
 
     def count(self, kind: str, claim: Claim, run: int, error: str | None = None) -> None:
@@ -3682,11 +3697,7 @@ class _Attempt:
 
     def _refuse_mismatch(self, row: Run) -> None:
         """Parameters named in match= must be what they were."""
-        if not (self.claim.matched and row.matched):
-            return
-        theirs, ours = json.loads(row.matched), json.loads(self.claim.matched)
-        differ = sorted(n for n in ours if n in theirs and ours[n] != theirs[n])
-        if differ:
+        if differ := _mismatch(row.matched, self.claim.matched):
             self._count(row.run)
             raise KeyConflict(
                 f"{_short(row.tool)} did not run: call {row.call} was made before with another "

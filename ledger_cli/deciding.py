@@ -125,10 +125,9 @@ def clear_command(*, db: str | None, wf: str | None, force: bool, yes: bool, jso
         return NOTHING_MATCHED if wf is not None else 0
     alive = acts.alive_in(store, wf)
     if alive and not force:
-        raise InProgress(
-            f"nothing was changed: still running: {_owners(alive)}; wait for them, stop them, or use --force"
-        )
-    warning = f", although these still run: {_owners(alive)}" if alive else ""
+        advice = "wait for them, stop them, or use --force"
+        raise InProgress(f"nothing was changed: still running: {acts.owners_of(alive)}; {advice}")
+    warning = f", although these still run: {acts.owners_of(alive)}" if alive else ""
     what = f"{count:,} calls of {scope} in {store.path} would be forgotten and could run again{warning}"
     if not confirmed(what, "Forget them?", yes=yes):
         return FAILURE
@@ -139,8 +138,3 @@ def clear_command(*, db: str | None, wf: str | None, force: bool, yes: bool, jso
     else:
         Screen().line(f"forgot {forgotten:,} calls of {scope}")
     return 0
-
-
-def _owners(alive: list[Record]) -> str:
-    named = ", ".join(f"{_named(record)} in {printable(record.holder)}" for record in alive[:5])
-    return f"{named} and {len(alive) - 5} more" if len(alive) > 5 else named

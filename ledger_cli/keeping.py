@@ -21,11 +21,11 @@ from ledger_cli.options import (
     database_argument,
     filters,
     opened,
-    path_of,
     reader_of,
     yes,
 )
 from ledger_cli.screen import Screen, confirmed, note, progress
+from ledger_ops.reader import path_of
 from ledger_ops.values import Filter, clock, iso, printable
 
 
@@ -44,7 +44,7 @@ def _megabytes(count: int) -> str:
         "ledger export --db old.db | ledger import - --db new.db",
     ),
     json_form=(
-        'A first line {"ledger": 1, exported}; a line for each call, the newest first, as in `ledger show`, '
+        'A first line {"ledger": 1, exported}; a line for each call, the oldest first, as in `ledger show`, '
         "its rows under rows (of an unlimited tool: tally); without a filter a line {event: {…}} for each "
         "event."
     ),
@@ -106,14 +106,9 @@ def import_command(*, source: IO[str], db: str | None, json: bool) -> None:
     """
     from ledger_ops.transfer import import_lines
 
-    target = path_of(db)
+    target = str(path_of(db))
     with progress("import") as steps:
-        try:
-            found = import_lines(target, source, progress=steps)
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                f"{source.name} is not from `ledger export` ({error}); nothing was imported"
-            ) from error
+        found = import_lines(target, source, progress=steps)
     screen = Screen()
     if json:
         screen.json(found._asdict())
@@ -223,7 +218,7 @@ def restore_command(*, file: str, db: str | None, yes: bool, json: bool) -> int:
     from ledger_ops.upkeep import examine, restore
 
     info = examine(file)
-    target = path_of(db)
+    target = str(path_of(db))
     made = f"the backup made {clock(info.made)} ({info.calls:,} calls)"
     if Path(target).exists():
         what = f"{_described(target)} would be replaced by {made}"

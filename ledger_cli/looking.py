@@ -5,7 +5,6 @@ from __future__ import annotations
 import json as json_module
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import click
 
@@ -248,12 +247,9 @@ def tail_command(*, db: str | None, wanted: Filter, lines: int, no_follow: bool,
 def _follow(reader: Reader, after: int, wanted: Filter) -> Iterator[list[Event]]:
     """New events, page by page; what does not match is passed over and never read again."""
     path = reader.store.path
-    mine = _identity(path)
     while True:
         time.sleep(_POLL_SECONDS)
         try:
-            if _identity(path) != mine:  # an open connection would go on with the deleted file
-                raise NoLedger(f"{path} was deleted or replaced")
             newest = reader.last_seq()
             while events := reader.events(after, wanted, limit=_PAGE):
                 yield events
@@ -263,15 +259,6 @@ def _follow(reader: Reader, after: int, wanted: Filter) -> Iterator[list[Event]]
             complain(f"{error}; waiting for a ledger at {path} (Ctrl-C ends)")
             reader.store.close()
             reader, after = Reader(_return_of(path)), 0
-            mine = _identity(path)
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        found = Path(path).stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _return_of(path: str) -> SqliteStore:

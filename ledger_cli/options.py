@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -132,17 +131,6 @@ def database_argument(function: Function) -> Function:
 
     argument = click.argument("db_argument", metavar="[DB]", required=False)
     return _applied(with_db, [argument, _DB_OPTION])  # type: ignore[no-any-return]
-
-
-def path_of(db: str | None) -> str:
-    """The file that a command is told to use, also where there is none yet."""
-    text = db if db is not None else os.environ.get("LEDGER_DB") or "ledger.db"
-    scheme, found, rest = text.partition("://")
-    if not found:
-        return text
-    if scheme != "sqlite":
-        raise UsageError(f"{text} is no file; name a path or sqlite:///path")
-    return rest.removeprefix("/")
 
 
 def opened(db: str | None) -> SqliteStore:

@@ -14,7 +14,8 @@ from ledger import Guard, InDoubt, InProgress, KeyConflict, Outcome
 from ledger_cli.app import complain
 from ledger_cli.child import Failed, Killed, NotStarted, Relay, Stopped, execute, wrote
 from ledger_cli.grids import SHORT_CALL
-from ledger_cli.options import SECONDS, command, database, path_of
+from ledger_cli.options import SECONDS, command, database
+from ledger_ops.reader import path_of
 from ledger_ops.values import clock, printable
 
 #: the name under which lists show these calls; their arguments are the command line
@@ -122,7 +123,6 @@ def _seconds(micros: int | None) -> timedelta | None:
 def _asked(guard: Guard, shell: Any, words: list[str], key: str) -> Outcome[dict[str, Any]] | int:
     """What the guard answers; the exit code where it is no outcome."""
     try:
-        _refuse_other_command(guard, shell, words, key)
         outcome: Outcome[dict[str, Any]] = guard.call(shell, words, ledger_key=key)
         return outcome
     except Failed as ended:
@@ -140,14 +140,6 @@ def _asked(guard: Guard, shell: Any, words: list[str], key: str) -> Outcome[dict
         return complain(_in_progress(error.record) if error.record else f"{error}{more}")
     except InDoubt as error:
         return complain(_in_doubt(error.record))
-
-
-def _refuse_other_command(guard: Guard, shell: Any, words: list[str], key: str) -> None:
-    """The guard compares commands where it blocks; a doubt that may be passed over counts here too."""
-    attempt = guard._attempt(shell, (words,), {"ledger_key": key})
-    rows = attempt.store.rows(attempt.claim.call)
-    if rows and rows[-1].status in ("running", "doubt") and not rows[-1].released:
-        attempt._refuse_mismatch(rows[-1])
 
 
 def _told(found: Outcome[dict[str, Any]] | int) -> int:

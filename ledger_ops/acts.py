@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
+from collections.abc import Sequence
 
 import ledger
 from ledger import InProgress, Record, Run, SqliteStore, Store, UsageError
 from ledger_ops.reader import NoSuchCall
-from ledger_ops.values import clock, state_of
+from ledger_ops.values import clock, printable, state_of
 
 
 def who() -> str:
@@ -56,7 +58,7 @@ def resolve(
     if result_json is not None:
         if not done:
             raise UsageError("what was not done has no result; give a result with --done only")
-        ledger._restore(result_json)
+        result_json = ledger._store_form(json.loads(result_json))  # a "$" of the user's is no mark of ours
     last = _rows(store, call)[-1]
     why = _why("mark done" if done else "mark not done", actor, note)
     op = ledger.Resolve(
@@ -71,10 +73,8 @@ def clear(store: SqliteStore, wf: str | None = None, *, force: bool = False) -> 
     Raises `InProgress`, naming the owners, while runs are alive there, unless `force`.
     """
     if not force and (alive := alive_in(store, wf)):
-        owners = ", ".join(f"{r.short} (call {r.call[:12]}) in {r.holder}" for r in alive[:5])
-        more = f" and {len(alive) - 5} more" if len(alive) > 5 else ""
         raise InProgress(
-            f"nothing was cleared: still running: {owners}{more}; wait for them, stop them, or use --force",
+            f"nothing was cleared: still running: {owners_of(alive)}; wait for them, stop them, or use --force",
             alive[0],
         )
     where = "WHERE :wf IS NULL OR wf = :wf"
@@ -83,6 +83,12 @@ def clear(store: SqliteStore, wf: str | None = None, *, force: bool = False) -> 
     found += store.browse(f"SELECT COUNT(*) FROM tallies {where}", scope)[0][0]
     store.reset(wf, store.clock.wall(), force=force)
     return int(found)
+
+
+def owners_of(alive: Sequence[Record]) -> str:
+    """Which calls run, and where, in a few words."""
+    named = ", ".join(f"{r.short} (call {r.call[:12]}) in {r.holder}" for r in alive[:5])
+    return printable(f"{named} and {len(alive) - 5} more" if len(alive) > 5 else named)
 
 
 def alive_in(store: SqliteStore, wf: str | None) -> list[Record]:

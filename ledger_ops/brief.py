@@ -31,21 +31,24 @@ def brief(reader: Reader, *, wf: str | None = None, max_chars: int = 2000) -> st
         if records:
             parts += [f"{title}:", *(f"- {_line(record)}" for record in records)]
     text = _fit(parts, max_chars)
-    text = _add(text, "DONE (do not repeat it)", reader, Filter(wf=wf, status="success"), max_chars)
-    text = _add(text, "FAILED (may be tried again)", reader, Filter(wf=wf, status="failed"), max_chars)
+    sums = reader.stats(wanted).total
+    done = sums.actions - sums.failed - sums.in_doubt - sums.suspended - sums.running
+    ends = (
+        ("DONE (do not repeat it)", done, Filter(wf=wf, status="success")),
+        ("FAILED (may be tried again)", sums.failed, Filter(wf=wf, status="failed")),
+    )
+    for title, count, ended in ends:
+        if count:
+            text = _add(f"{text}\n{title}: {count}", reader, ended, count, max_chars)
     if text == parts[0]:
         return f"{text} Nothing was called yet."[:max_chars]
     return text
 
 
-def _add(text: str, title: str, reader: Reader, wanted: Filter, max_chars: int) -> str:
+def _add(text: str, reader: Reader, wanted: Filter, total: int, max_chars: int) -> str:
     """Append as many calls as fit, and how many did not."""
-    total = reader.count(wanted)
-    if not total:
-        return text
-    text = f"{text}\n{title}: {total}"
     shown = 0
-    for record in reader.calls(wanted, limit=min(max_chars // 20 + 1, 200)).records:
+    for record in reader.calls(wanted, limit=min(max_chars // 20 + 1, 200), seconds=1).records:
         line = f"\n- {_line(record)}"
         if len(text) + len(line) + 20 > max_chars:
             break

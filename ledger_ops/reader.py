@@ -35,16 +35,7 @@ def open_store(url: str | os.PathLike[str] | None = None) -> SqliteStore:
 
     Raises `NoLedger`, and `StoreError` or `UsageError` for what cannot be read as a ledger.
     """
-    text = os.fspath(url) if url is not None else os.environ.get("LEDGER_DB") or "ledger.db"
-    scheme, found, rest = text.partition("://")
-    if found and scheme != "sqlite":
-        hint = (
-            "memory:// lives in its own process"
-            if scheme == "memory"
-            else f"there is no store for {scheme}://"
-        )
-        raise UsageError(f"{text} cannot be opened: {hint}; name a path or sqlite:///path")
-    path = Path(rest.removeprefix("/") if found else text).absolute()
+    path = path_of(url)
     refuse_missing(path)
     store = SqliteStore(path)
     store.quiet = True
@@ -52,6 +43,19 @@ def open_store(url: str | os.PathLike[str] | None = None) -> SqliteStore:
     if not store.browse("PRAGMA application_id"):
         raise NoLedger(f"{path} is empty: no guarded tool has run with it yet; run one, or name another file")
     return store
+
+
+def path_of(url: str | os.PathLike[str] | None = None) -> Path:
+    """The file of a path or URL (None: LEDGER_DB, else ./ledger.db), whether it is there or not.
+
+    Raises `UsageError` for a URL that names no file.
+    """
+    text = os.fspath(url) if url is not None else os.environ.get("LEDGER_DB") or "ledger.db"
+    scheme, found, rest = text.partition("://")
+    if found and scheme != "sqlite":
+        why = "it lives in its own process" if scheme == "memory" else f"there is no store for {scheme}://"
+        raise UsageError(f"{text} cannot be opened: {why}; name a path or sqlite:///path")
+    return Path(rest.removeprefix("/") if found else text).absolute()
 
 
 def refuse_missing(path: Path) -> None:
@@ -108,6 +112,27 @@ class Reader:
                 return Page(records, f"r{before}", complete=False, reached=self._started_at(before))
             window = min(window * 2, _LAST_WINDOW)
         return self._tally_page(records, wanted, limit - len(records), "", complete=True)
+
+    def from_the_oldest(self, wanted: Filter = Filter()) -> Iterator[Record]:  # noqa: B008 - frozen
+        """Every wanted call in the order in which their latest runs began, in constant memory."""
+        where, values = _conditions(wanted)
+        sql = (
+            f"SELECT r.id, {_COLUMNS} FROM runs AS r WHERE r.id > :after AND r.id <= :upto{where} AND {_LATEST}"
+            " ORDER BY r.id"
+        )
+        after, newest = 0, self._newest_id()
+        while after < newest:
+            upto = min(after + _FIRST_WINDOW, newest)
+            for row in self.store.browse(sql, {**values, "after": after, "upto": upto}):
+                record = self._describe(Run._make(row[1:]))
+                if wanted.status is None or state_of(record) == wanted.status:
+                    yield record
+            after = upto
+        page = self._tally_page([], wanted, 500, "", complete=True)
+        yield from page.records
+        while page.cursor is not None:
+            page = self.calls(wanted, limit=500, cursor=page.cursor)
+            yield from page.records
 
     def stream(self, wanted: Filter = Filter()) -> Iterator[Record]:  # noqa: B008 - frozen
         """Every wanted call, newest first, in constant memory."""

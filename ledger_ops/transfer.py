@@ -43,7 +43,7 @@ def export(
     form: Literal["jsonl", "csv"] = "jsonl",
     progress: Progress | None = None,
 ) -> Iterator[str]:
-    """Lines of all wanted calls, newest first, in constant memory; `import_lines` reads the JSON ones.
+    """Lines of all wanted calls, oldest first, in constant memory; `import_lines` reads the JSON ones.
 
     JSON has a line for each call, as every command gives it, with its rows under "rows" (unlimited
     tools: "tally"); without a filter the events follow.  CSV has a line for each call, with no cell
@@ -55,7 +55,7 @@ def export(
         yield _csv_line(_TABLE)
     else:
         yield json.dumps({"ledger": FORMAT, "exported": iso(reader.store.clock.wall())}) + "\n"
-    for record in reader.stream(wanted):
+    for record in reader.from_the_oldest(wanted):
         values = record_dict(record)
         if form == "csv":
             cells = ((json.dumps(v) if isinstance(v, dict | list) else v) for v in map(values.get, _TABLE))
@@ -108,8 +108,13 @@ def import_lines(path: str, lines: Iterable[str], *, progress: Progress | None =
 def _check(lines: Iterable[str], checked: IO[str]) -> int:
     """Parse every line and put it aside; how many there are."""
     number = 0
-    for number, line in enumerate(lines, 1):
+    source = iter(lines)
+    while True:
+        number += 1
         try:
+            line = next(source, None)
+            if line is None:
+                break
             found = json.loads(line)
             if not isinstance(found, dict):
                 raise TypeError("it is no JSON object")
@@ -122,9 +127,9 @@ def _check(lines: Iterable[str], checked: IO[str]) -> int:
                 "Give the file as it was exported, in its JSON form"
             ) from error
         checked.write(line if line.endswith("\n") else line + "\n")
-    if not number:
+    if number == 1:
         raise UsageError("there is nothing to import: the input is empty")
-    return number
+    return number - 1
 
 
 def _rows_in(found: dict[str, Any]) -> tuple[list[Run], tuple[Any, ...] | None, Event | None]:

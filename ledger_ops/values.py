@@ -41,6 +41,11 @@ class Filter:
             raise UsageError(f"{self.status!r} is no status; it is one of {', '.join(STATES)}")
         if self.since is not None and self.until is not None and self.since >= self.until:
             raise UsageError("since is not before until, so nothing can lie between; swap them")
+        for text in (self.tool, self.wf, self.caller, self.search):
+            if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
+                raise UsageError(
+                    f"{text!r} is no text in UTF-8, so nothing has it; write it in that encoding"
+                )
 
     @property
     def narrows(self) -> bool:

@@ -98,6 +98,11 @@ CREATE FUNCTION :ns.succeeded_since(r :ns.runs, horizon bigint) RETURNS boolean 
   SELECT r.released = 0 AND COALESCE(
     CASE WHEN r.status = 'success' THEN r.ended WHEN r.late = 'success' THEN r.late_at END > horizon, FALSE) $$;
 
+-- whether a parameter named in match= is not what it was
+CREATE FUNCTION :ns.differ(theirs text, ours text) RETURNS boolean LANGUAGE sql IMMUTABLE AS $$
+  SELECT EXISTS (SELECT 1 FROM json_each_text(theirs::json) o JOIN json_each_text(ours::json) n USING (key)
+                  WHERE o.value <> n.value) $$;
+
 CREATE FUNCTION :ns.latest(c text) RETURNS :ns.runs LANGUAGE sql STABLE AS
   $$ SELECT * FROM :ns.runs WHERE call = c ORDER BY run DESC LIMIT 1 $$;
 
@@ -158,6 +163,9 @@ BEGIN
        WHERE call = c AND :ns.succeeded_since(r, CASE WHEN c_ttl IS NULL THEN -1 ELSE now - c_ttl END)
        ORDER BY run DESC LIMIT 1;
       RETURN :ns.verdict('done', won, NULL, 1);
+    END IF;
+    IF last.status IN ('running', 'doubt') AND last.released = 0 AND :ns.differ(last.matched, c_matched) THEN
+      RETURN :ns.verdict('conflict', last, NULL, 1);
     END IF;
     IF last.status IN ('running', 'doubt') AND last.released = 0 AND on_doubt <> 'rerun'
        AND NOT COALESCE(last.run = seen_run AND last.owner = seen_owner, FALSE) THEN

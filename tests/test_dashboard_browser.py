@@ -206,14 +206,21 @@ def test_every_page_fits_every_screen(
         assert shade < 60 if scheme == "dark" else shade > 200
 
 
+#: the texts of a page whose contrast to what is behind them is weaker than AA asks for
 CONTRAST = """
 () => {
+  const linear = (c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
   const light = (color) => {
-    const [r, g, b] = color.map((c) => { c /= 255; return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; });
+    const [r, g, b] = color.map((c) => linear(c / 255));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const rgba = (text) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = text; canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data]; };
+  const rgba = (text) => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = text;
+    canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
   const behind = (element) => {
     for (let e = element; e; e = e.parentElement) {
       const color = rgba(getComputedStyle(e).backgroundColor);
@@ -226,10 +233,11 @@ CONTRAST = """
     const own = [...element.childNodes].some((n) => n.nodeType === 3 && n.nodeValue.trim());
     if (!own || !element.checkVisibility() || element.closest("script, template, .sr, .skip")) continue;
     const style = getComputedStyle(element);
-    const [a, b] = [light(rgba(style.color).slice(0, 3)), light(behind(element))].sort((x, y) => y - x);
-    const ratio = (a + 0.05) / (b + 0.05);
-    const large = parseFloat(style.fontSize) >= 24 || (parseFloat(style.fontSize) >= 18.66 && style.fontWeight >= 700);
-    if (ratio < (large ? 3 : 4.5)) weak.add(`${ratio.toFixed(2)} ${element.tagName}.${element.className}: ${element.textContent.trim().slice(0, 40)}`);
+    const pair = [light(rgba(style.color).slice(0, 3)), light(behind(element))];
+    const ratio = (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+    const size = parseFloat(style.fontSize);
+    const wanted = size >= 24 || (size >= 18.66 && style.fontWeight >= 700) ? 3 : 4.5;
+    if (ratio < wanted) weak.add(`${ratio.toFixed(2)} ${element.className}: ${element.textContent.trim()}`);
   }
   return [...weak];
 }
@@ -259,7 +267,7 @@ def test_text_has_contrast_and_controls_have_names(
 def test_a_filter_narrows_at_once_and_lives_in_the_url(
     browser: Browser, visits: Visits, server: Server
 ) -> None:
-    """Typing and choosing change list and URL without a reload; the URL and the back button bring a list back."""
+    """Typing and choosing change list and URL without a reload; URL and back button bring a list back."""
     page = visit(browser, visits, server.url).go("/calls")
     page.evaluate("window.same = true")
     page.locator("#search").press_sequentially("customer11@")
@@ -286,8 +294,7 @@ def test_a_filter_narrows_at_once_and_lives_in_the_url(
     page.reload()
     expect(page.locator("#wf")).to_have_value("no such workflow")
     page.go_back()
-    page.wait_for_function("!location.search.includes('wf=no')")
-    assert "no+such" not in page.url
+    expect(page).not_to_have_url(re.compile("wf=no"))
 
 
 def test_dragging_over_the_chart_chooses_a_range(browser: Browser, visits: Visits, server: Server) -> None:
@@ -310,10 +317,14 @@ def test_dragging_over_the_chart_chooses_a_range(browser: Browser, visits: Visit
     page.locator(".ranges a", has_text="7 days").click()
     page.wait_for_url("**/?since=7d")
     expect(page.locator(".ranges a[aria-current]")).to_have_text("7 days")
+    page.locator(".ranges a", has_text="all").click()
+    page.wait_for_url("**/?since=all")
+    page.reload()
+    expect(page.locator("#range-executed")).to_have_text("26")
 
 
 def test_rows_come_in_while_one_reads(browser: Browser, visits: Visits, stage: Stage) -> None:
-    """Calls of another process appear on top; the row one reads stays in its place, and selected text selected."""
+    """Calls of another process appear on top; the row one reads stays in place, selected text selected."""
     tell_story(stage)
     teller = charger(stage)
     with serving(stage.db) as server:
@@ -385,7 +396,7 @@ def test_live_shows_events_and_can_be_paused(browser: Browser, visits: Visits, s
 
 
 def test_a_person_settles_doubts_and_retries(browser: Browser, visits: Visits, stage: Stage) -> None:
-    """The dialog names the call; done, not done and retry take effect, with result and note, and the page follows."""
+    """The dialog names the call; done, not done and retry take effect, and the page follows."""
     leave_doubt(stage, "FRA-LIS")
     leave_doubt(stage, "LHR-JFK", "trip 9")
     with serving(stage.db) as server:
@@ -428,7 +439,7 @@ def test_a_person_settles_doubts_and_retries(browser: Browser, visits: Visits, s
 
 
 def test_the_keyboard_is_enough(browser: Browser, visits: Visits, stage: Stage) -> None:
-    """Skip link, search, places, opening a call and deciding about it work without a mouse, with visible focus."""
+    """Skip link, search, opening a call and deciding about it work without a mouse, with visible focus."""
     tell_story(stage)
     leave_doubt(stage)
     with serving(stage.db) as server:
@@ -464,7 +475,7 @@ def test_the_keyboard_is_enough(browser: Browser, visits: Visits, stage: Stage) 
 
 
 def test_nothing_recorded_ever_runs(browser: Browser, visits: Visits, stage: Stage) -> None:
-    """A script in tool, workflow, caller, key, argument names and values, result and error is shown as text."""
+    """A script in tool, workflow, caller, key, arguments, result and error is shown as text."""
     victim = stage.start(HOSTILE)
     assert victim.line() == "inside"
     victim.kill()
@@ -504,7 +515,7 @@ def test_a_lost_server_and_a_lost_ledger_are_told(browser: Browser, visits: Visi
         stage.db.rename(hidden)
         expect(page.locator("#link-words")).to_have_text("ledger is gone", timeout=PATIENCE_MS)
         page.reload()
-        expect(page.locator("h1")).to_contain_text("There is no ledger at")
+        expect(page.locator("h1")).to_have_text("The ledger is gone")
         page.screenshot(path=SCREENSHOTS / "gone.png")
         hidden.rename(stage.db)
         expect(page.locator("#rows tr")).to_have_count(26, timeout=PATIENCE_MS)

@@ -30,6 +30,7 @@ from tests.actors import PATIENCE, Stage, eventually
 from tests.dashboard_kit import (
     CHARGER,
     ROOT,
+    SERVE,
     Server,
     environment,
     keep_running,
@@ -353,7 +354,7 @@ def test_every_alert_uses_metrics_that_exist_and_says_what_to_do(client: httpx.C
 
 
 def test_health_says_why_not(stage: Stage) -> None:
-    """While the file is gone /health is 503 with the reason, pages say what to do, and both recover by themselves."""
+    """While the file is gone /health is 503 with the reason and pages say what to do; both recover."""
     tell_story(stage)
     hidden = stage.db.with_suffix(".hidden")
     with serving(stage.db) as server, httpx.Client(base_url=server.url) as client:
@@ -497,7 +498,7 @@ def test_a_body_must_be_small_json_of_known_fields(client: httpx.Client) -> None
 
 
 def test_a_person_decides_and_the_event_says_who_and_why(stage: Stage) -> None:
-    """Done, not done and retry change the call, keep the note, and are refused when there is nothing to decide."""
+    """Done, not done and retry change the call and keep the note; they are refused with nothing to decide."""
     leave_doubt(stage, "A-B")
     leave_doubt(stage, "C-D")
     stage.start("def touch(n): return n\nguard(touch, 1)\nguard.close()\n").ends_well()
@@ -551,7 +552,7 @@ def test_read_only_has_no_buttons_and_refuses_changes(told: Stage) -> None:
 
 
 def test_a_token_is_asked_for_and_changed_for_a_cookie(told: Stage) -> None:
-    """Strangers get 401; the first visit with the token gets a strict cookie that does not hold it, and a clean URL."""
+    """Strangers get 401; the first visit with it gets a strict cookie without it, and a clean URL."""
     with serving(told.db, "--token", TOKEN) as server, httpx.Client(base_url=server.url) as client:
         strangers = [client.get(path) for path in (*PAGES, "/api/calls", "/api/stream", "/metrics")]
         wrong = client.get("/?token=wrong")
@@ -685,7 +686,7 @@ def test_an_open_page_lets_the_log_shrink(stage: Stage) -> None:
 
 
 def test_mounted_under_a_prefix_all_links_stay_there(told: Stage) -> None:
-    """Inside another application every link, cookie and request stays under the prefix, without its lifespan."""
+    """Inside another application every link and cookie stays under the prefix, without its lifespan."""
     app = Starlette(routes=[Mount("/inner/ledger", create_app(told.db, read_only=True))])
 
     async def visit() -> list[httpx.Response]:
@@ -721,7 +722,7 @@ def test_two_apps_share_nothing(told: Stage, tmp_path: Path) -> None:
 
 def run_command(*arguments: str, code: str = "") -> subprocess.CompletedProcess[str]:
     """The command, which must end by itself."""
-    start = code or "import sys; from ledger_dashboard import main; sys.exit(main())"
+    start = code or SERVE
     return subprocess.run(
         [sys.executable, "-c", start, *arguments],
         capture_output=True, text=True, check=False, timeout=PATIENCE, env=environment(),
@@ -748,7 +749,8 @@ def test_the_command_has_help() -> None:
 
 def test_another_bind_needs_a_token(told: Stage) -> None:
     """A host that other machines reach is refused without a token, and with an empty one."""
-    for arguments in (("--host", "0.0.0.0"), ("--host", "::", "--token", " "), ("--token", "")):
+    everywhere = "0.0.0.0"  # noqa: S104 - refused
+    for arguments in (("--host", everywhere), ("--host", "::", "--token", " "), ("--token", "")):
         done = run_command(str(told.db), *arguments)
 
         assert 2 == done.returncode
@@ -837,7 +839,7 @@ def test_environment_names_the_ledger_and_the_token(told: Stage) -> None:
     """LEDGER_DB and LEDGER_DASHBOARD_TOKEN stand for the argument and the option."""
     env = {**environment(), "LEDGER_DB": str(told.db), "LEDGER_DASHBOARD_TOKEN": TOKEN}
     with subprocess.Popen(
-        [sys.executable, "-c", "import sys; from ledger_dashboard import main; sys.exit(main())", "--port", "0"],
+        [sys.executable, "-c", SERVE, "--port", "0"],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, bufsize=0,
     ) as process:  # fmt: skip
         assert process.stdout is not None

@@ -387,3 +387,27 @@ def test_an_async_reconcile_of_a_sync_tool_settles_nothing() -> None:
     with pytest.raises(InDoubt, match="a coroutine came back"):
         guard(pay, 1)
     assert (1, 0) == (guard.stats()["in_doubt"], guard.stats()["executed"])
+
+
+def test_a_doubt_is_not_taken_over_with_another_amount(guard: Guard) -> None:
+    """Where the effect may have happened, what match= names must agree; after a failure it may change."""
+    amounts: list[int] = []
+
+    def pay(order: str, amount: int) -> int:
+        amounts.append(amount)
+        if NEXT:
+            raise NEXT.pop()
+        return amount
+
+    guard.policy(pay, key=["order"], match=["amount"])
+    NEXT.append(ValueError("declined"))
+    with pytest.raises(ValueError, match="declined"):
+        guard(pay, "a", 10)
+    NEXT.append(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        guard(pay, "a", 11)
+
+    with pytest.raises(ledger.KeyConflict, match="with another amount"):
+        guard(pay, "a", 12)
+    assert 11 == guard(pay, "a", 11)
+    assert [10, 11, 11] == amounts

@@ -198,3 +198,17 @@ def test_who_acts_is_an_account_on_a_machine() -> None:
 
     assert name
     assert machine
+
+
+def test_a_result_with_a_dollar_is_the_users_own(guard: Guard, store: SqliteStore) -> None:
+    """What a person gives as the result comes back as it was, also where it looks like our own marks."""
+    guard.policy(charge, irreversible=True)
+    HELD.append(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        guard(charge, 2)
+
+    told = '{"$": "set", "v": [1, 2.50]}'
+    acts.resolve(store, call_of(store, 2), done=True, actor="ann", result_json=told)
+
+    given: object = guard(charge, 2)
+    assert {"$": "set", "v": [1, 2.5]} == given

@@ -17,7 +17,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from ledger import UsageError
 from ledger_dashboard.figures import overview
 from ledger_dashboard.live import event_dict
-from ledger_dashboard.query import count_of, filter_of, text_of, time_of
+from ledger_dashboard.query import count_of, filter_of, range_of, text_of
 from ledger_dashboard.source import Opened
 from ledger_ops import acts
 from ledger_ops.transfer import export
@@ -40,7 +40,7 @@ async def opened_for(request: Request) -> Opened:
 
 async def get_overview(request: Request) -> Response:
     """Sums, figures by tool and workflow, and the chart of a range."""
-    since, until = time_of(request, "since"), time_of(request, "until")
+    since, until = range_of(request)
     opened = await opened_for(request)
     found = await run_in_threadpool(overview, opened, since, until)
     return JSONResponse(found.to_dict())

@@ -91,21 +91,37 @@ async def _ledger_error(request: Request, error: Exception) -> Response:
     what, _, advice = str(error).partition("; ")
     if isinstance(error, NoSuchCall):
         return refusal(request, 404, what, "Look for it in the list of calls.")
+    if isinstance(error, NoLedger):
+        return refusal(request, 503, "the ledger is gone", f"{_sentence(what)}. {_PUT_BACK} {_AGAIN}")
     if isinstance(error, StoreError):
-        advice = advice or "See that the file is where it was."
-        if not isinstance(error, NoLedger):
-            advice = str(error).rpartition("; ")[2] or advice
-        return refusal(
-            request, 503, what, f"{advice[:1].upper()}{advice[1:]}. This page looks again by itself."
-        )
+        return refusal(request, 503, "the ledger cannot be read", f"{_sentence(str(error))}. {_AGAIN}")
     if isinstance(error, InProgress):
-        return refusal(request, 409, what, advice or "Wait for the run to end.")
+        return refusal(request, 409, what, _sentence(advice or "wait for the run to end"))
     acting = request.method not in ("GET", "HEAD")
-    return refusal(request, 409 if acting else 400, what, advice or "Change what was asked for.")
+    return refusal(request, 409 if acting else 400, what, _sentence(advice or "change what was asked for"))
+
+
+_PUT_BACK = (
+    "Put the file back, mount its disk, or restore a backup with `ledger restore`. "
+    "Tools that were using it refuse to run meanwhile."
+)
+_AGAIN = "This page looks again by itself."
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+async def _closed(request: Request, error: Exception) -> Response:  # noqa: ARG001 - what it was is known
+    """The file was replaced while this request looked at the old one."""
+    return refusal(
+        request, 503, "the ledger was replaced while it was read", "This page looks again by itself."
+    )
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)  # noqa: S101 - registered for nothing else
+    if not isinstance(error, HTTPException):  # it is registered for nothing else
+        raise error
     what = {404: "there is no such page", 405: "this address does not take that method"}.get(
         error.status_code, error.detail
     )

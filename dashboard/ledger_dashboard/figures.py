@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ledger import UsageError
-from ledger_dashboard.query import now
+from ledger_dashboard.query import BEGINNING, now
 from ledger_dashboard.render import short_names
 from ledger_dashboard.source import Opened
 from ledger_ops.rollup import Series, WorkflowRow
@@ -120,11 +120,12 @@ def _range(opened: Opened, since: int | None, until: int | None) -> tuple[int, i
     first = opened.rollup.first or now() - _DAY
     last = opened.rollup.last or now()
     end = until if until is not None else max(now(), last) + _MINUTE
-    if since is None:
+    if since == BEGINNING:
+        since = first
+    elif since is None:
         recent = end - _DAY
         since = first if last < recent or first > recent else recent
-        since = min(since, end - _SHORTEST)  # a few bars alone are no picture
-    begin = min(since, end - _MINUTE) if until is None else since
+    begin = min(since, end - _SHORTEST) if until is None else since  # a few bars alone are no picture
     if begin >= end:
         raise UsageError("since is not before until, so nothing can lie between; swap them")
     if end - begin > _MOST_MICROS or begin < -_MOST_MICROS:

@@ -61,7 +61,7 @@ class Poller:
         """A listener to what comes after the event with that number, as far as the poller has not read on."""
         listener = Listener()
         if self._task is None or self._task.done():
-            self._seq = seq
+            self._seq, self._opened = seq, None
             self._task = asyncio.create_task(self._poll(), name="ledger-poller")
         self._listeners.add(listener)
         try:
@@ -137,7 +137,10 @@ async def _messages(
             fits = _judge(wanted)
             while (message := await listener.waiting.get())[0] != _END:
                 kind, events, seq = message
-                fitting = [event for event in events if fits(event)]
+                if kind == "back":  # another file, whose numbers begin anew
+                    after = 0
+                # a page that loaded just now may know more than the poller has read
+                fitting = [event for event in events if event.seq > after and fits(event)]
                 if fitting or kind != "events":
                     yield _message(kind, fitting, seq)
         finally:

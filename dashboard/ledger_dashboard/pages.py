@@ -13,7 +13,7 @@ import ledger
 from ledger import Record
 from ledger_dashboard.api import SEARCH_SECONDS, opened_for
 from ledger_dashboard.figures import overview, share
-from ledger_dashboard.query import FIELDS, count_of, filter_of, text_of, time_of
+from ledger_dashboard.query import FIELDS, count_of, filter_of, range_of, text_of
 from ledger_dashboard.render import page, short_names
 from ledger_dashboard.source import SELDOM, Opened
 from ledger_ops.values import Detail, Filter, clock
@@ -27,9 +27,8 @@ _RANGES = (("1h", "1 hour"), ("24h", "24 hours"), ("7d", "7 days"), ("30d", "30 
 async def get_overview(request: Request) -> Response:
     """The headline, the chart, and figures by tool and by workflow."""
     chosen = text_of(request, "since")
-    until = time_of(request, "until")
+    since, until = range_of(request)
     opened = await opened_for(request)
-    since = opened.rollup.first if chosen == "all" else time_of(request, "since")
 
     def gather() -> dict[str, Any]:
         found = overview(opened, since, until)

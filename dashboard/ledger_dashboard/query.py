@@ -12,6 +12,8 @@ from ledger_ops.values import Filter, State, parse_time
 
 FIELDS = ("tool", "status", "wf", "caller", "since", "until", "search")
 _LONGEST = 400
+#: since=all
+BEGINNING = 0
 
 
 def text_of(request: Request, name: str) -> str | None:
@@ -31,6 +33,12 @@ def time_of(request: Request, name: str) -> int | None:
         return parse_time(text)
     except OverflowError:
         raise UsageError(f"{name} lies too far away; give a time within the ledger") from None
+
+
+def range_of(request: Request) -> tuple[int | None, int | None]:
+    """`since` (which may be "all") and `until` of a chart."""
+    everything = text_of(request, "since") == "all"
+    return BEGINNING if everything else time_of(request, "since"), time_of(request, "until")
 
 
 def filter_of(request: Request) -> Filter:

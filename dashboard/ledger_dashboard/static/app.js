@@ -333,7 +333,7 @@ function activity() {
     plot = new uPlot(
       {
         width: box.clientWidth, height: box.clientHeight, legend: { show: false },
-        padding: [8, 8, 0, 0],
+        padding: [8, 24, 0, 0],
         cursor: { y: false, points: { show: false }, drag: { x: true, y: false, setScale: false } },
         scales: {
           x: { range: () => ends(shown.chart) },

@@ -1,0 +1,659 @@
+-- The ledger in one Redis namespace. Each operation is one run of this script: nothing comes between
+-- its reading and its writing, so policy is judged where the next run is inserted. An operation writes
+-- nothing before it has decided; what Redis may refuse (no memory, a replica, a disk that is full) it
+-- refuses at the first write, so an operation that fails has changed nothing. Where memory is full, a
+-- first write that frees some lets the rest pass: claims begin with one that does not, ends and renewals
+-- of a run that goes on and resets with one that does.
+--
+-- KEYS[1]  {ns}:meta. All keys share the hash tag {ns}, so that a cluster keeps them on one node
+-- ARGV     name of the operation, id of the ledger that the caller opened, then what the operation takes
+--
+-- Keys, each after the prefix {ns}:
+--
+--   meta              hash: schema, id (random, made with the ledger), seq (newest event), checked
+--   call:<call>       hash, all that is known of one call:
+--                       latest            number of its newest run; 1 … latest are all there
+--                       first             number of the event of its first claim: its place in the lists
+--                       won               newest run that had its effect (success or late success)
+--                       counted           "run:time …", the successes that are not released
+--                       owner:<token>     the run of that claim
+--                       <run>:row         JSON object of strings: tool wf caller owner started lease
+--                                         status ended closed_by released forced late late_at
+--                       <run>:<text>      key args matched result error trace, byte for byte as they came
+--                       <run>:blocked     attempts that ran nothing
+--   calls             zset of calls by `first`;  calls:<wf>  those of one workflow
+--   running:<tool>    zset of the calls whose newest run is open, by lease
+--   failed:<tool>     zset of the calls whose newest run ended so, by `first`; also suspended:<tool> and
+--                     doubt:<tool> (not released, no late success)
+--   totals            hash "<sum> <tool>": actions claims executed blocked
+--   tally:<call>      hash, an unlimited tool's call: tool wf caller args ran raised error created touched
+--   tallies           zset of these calls by the event of the first one;  tallies:<wf>, raised:<tool> likewise
+--   events            stream, id <seq>-0: call run kind at tool wf caller n detail
+--   processes         hash: process → JSON [host, pid, boot, space, start]
+--   batches           hash: process → number of its newest batch of counts
+--
+-- Times are UTC microseconds of this server, as text: a double holds them, cjson would round them.
+
+local meta = KEYS[1]
+local prefix = string.sub(meta, 1, -5)
+local ops = {}
+
+local function server_time()
+  local t = redis.call('TIME')
+  return t[1] * 1000000 + t[2]
+end
+
+local now = server_time()
+
+local function as_text(number)
+  return string.format('%.0f', number)
+end
+
+-- ── one call ──────────────────────────────────────────────────────────────────────────
+
+local call, key, latest, first, won, counted
+local pending = {}                              -- fields and values of the call that wait for one HSET
+
+local function set(field, value)
+  pending[#pending + 1] = field
+  pending[#pending + 1] = value
+  if #pending > 1000 then                       -- unpack has a limit
+    redis.call('HSET', key, unpack(pending))
+    pending = {}
+  end
+end
+
+local function write()
+  if #pending > 0 then
+    redis.call('HSET', key, unpack(pending))
+    pending = {}
+  end
+end
+
+-- look at a call; the run of the claim with that token, if there is one
+local function open(name, token)
+  call, key = name, prefix .. 'call:' .. name
+  local found = redis.call('HMGET', key, 'latest', 'first', 'won', 'counted', 'owner:' .. (token or ''))
+  latest, first, won = tonumber(found[1]) or 0, found[2], tonumber(found[3]) or 0
+  counted = found[4] or ''
+  return found[5] and tonumber(found[5])
+end
+
+local function read(run)
+  local found = redis.call('HGET', key, run .. ':row')
+  return found and cjson.decode(found)
+end
+
+local function lives(row)
+  return row.status == 'running' and tonumber(row.lease) > now
+end
+
+local function had_effect(row)
+  return row.status == 'success' or row.late == 'success'
+end
+
+-- since when this row counts as a success, nil if it does not
+local function counts_since(row)
+  if row.released then return nil end
+  return row.status == 'success' and row.ended or row.late == 'success' and row.late_at or nil
+end
+
+-- the zset that the call stands in while this is its newest run
+local function end_of(row)
+  if row.status == 'success' then return nil end
+  if row.status == 'doubt' and (row.released or row.late == 'success') then return nil end
+  return prefix .. row.status .. ':' .. row.tool
+end
+
+local function stand(was, row)
+  local is = end_of(row)
+  if was and was ~= is then
+    redis.call('ZREM', was, call)
+  end
+  if is and row.status == 'running' then
+    redis.call('ZADD', is, row.lease, call)
+  elseif is and was ~= is then
+    redis.call('ZADD', is, first, call)
+  end
+end
+
+local function add(sum, tool, n)
+  redis.call('HINCRBY', prefix .. 'totals', sum .. ' ' .. tool, n)
+end
+
+-- one event, numbered without a gap; n counts towards the totals
+local function note(kind, run, row, n, detail)
+  local seq = as_text(redis.call('HINCRBY', meta, 'seq', 1))
+  local event = {
+    'call', call, 'run', run, 'kind', kind, 'at', as_text(now), 'tool', row.tool, 'wf', row.wf,
+    'caller', row.caller, 'n', n,
+  }
+  if detail then
+    event[17], event[18] = 'detail', detail
+  end
+  redis.call('XADD', prefix .. 'events', seq .. '-0', unpack(event))
+  return seq
+end
+
+-- the successes of `counted` that are younger than the horizon, oldest run first
+local function successes(horizon)
+  local found = {}
+  for run, time in string.gmatch(counted, '(%d+):(%d+)') do
+    if tonumber(time) > horizon then
+      found[#found + 1] = tonumber(run)
+    end
+  end
+  return found
+end
+
+local function recount(changed, since)
+  local kept = {}
+  for run, time in string.gmatch(counted, '(%d+):(%d+)') do
+    if tonumber(run) < changed then
+      kept[#kept + 1] = run .. ':' .. time
+    end
+  end
+  if since then
+    kept[#kept + 1] = changed .. ':' .. since
+  end
+  for run, time in string.gmatch(counted, '(%d+):(%d+)') do
+    if tonumber(run) > changed then
+      kept[#kept + 1] = run .. ':' .. time
+    end
+  end
+  counted = table.concat(kept, ' ')
+  set('counted', counted)
+end
+
+-- change a row and all that is derived from it; false takes a value away
+local function move(run, row, change, detail)
+  local was, stood, won_before, counted_before = row.status, end_of(row), had_effect(row), counts_since(row)
+  if was == 'running' then
+    redis.call('ZREM', stood, call)             -- before all else: see above
+    stood = nil
+  end
+  for name, value in pairs(change) do
+    row[name] = value or nil
+  end
+  set(run .. ':row', cjson.encode(row))
+  if counts_since(row) ~= counted_before then
+    recount(run, counts_since(row))
+  end
+  if had_effect(row) and not won_before then
+    won = math.max(won, run)
+    set('won', won)
+  end
+  write()
+  if had_effect(row) and not won_before then
+    add('executed', row.tool, 1)
+  end
+  if run == latest then
+    stand(stood, row)
+  end
+  if was == 'running' and row.status ~= 'running' then
+    note(row.status, run, row, 1, detail)
+  end
+end
+
+-- what a caller is told of a run: its number, its row and its texts
+local function shown(run)
+  local at = run .. ':'
+  return {run, redis.call('HMGET', key, at .. 'row', at .. 'key', at .. 'args', at .. 'matched',
+    at .. 'result', at .. 'error', at .. 'trace', at .. 'blocked')}
+end
+
+local function horizon_of(ttl)
+  return ttl == '' and -1 or now - tonumber(ttl)
+end
+
+-- whether a parameter named in match= is not what it was
+local function mismatch(theirs, ours)
+  if not (theirs and ours) or theirs == ours then return false end
+  local old, new = cjson.decode(theirs), cjson.decode(ours)
+  for name, digest in pairs(new) do
+    if old[name] ~= nil and old[name] ~= digest then return true end
+  end
+  return false
+end
+
+local function set_texts(run, given)
+  for i = 1, #given, 2 do
+    set(run .. ':' .. given[i], given[i + 1])
+  end
+end
+
+local function given_as(name, given)
+  for i = 1, #given, 2 do
+    if given[i] == name then return given[i + 1] end
+  end
+  return nil
+end
+
+-- ── claim ─────────────────────────────────────────────────────────────────────────────
+
+-- why no run may start: the kind of the refusal and the run that it is about
+local function refusal(last, max, ttl, on_doubt, answered, matched)
+  local found = successes(horizon_of(ttl))
+  if #found >= tonumber(max) then
+    return 'done', found[#found]
+  end
+  if (last.status == 'running' or last.status == 'doubt') and not last.released then
+    if matched and mismatch(redis.call('HGET', key, latest .. ':matched'), matched) then
+      return 'conflict', latest
+    end
+    if on_doubt ~= 'rerun' and not answered then
+      return on_doubt == 'reconcile' and 'reconcile' or 'doubt', latest
+    end
+  end
+  return nil
+end
+
+-- takeover: close what is still open, and answer or pass over a doubt; true if it was closed as in doubt
+local function close(last, token, answered, forced)
+  answered = answered and not last.released
+  if last.status == 'running' then
+    local release = not answered and forced and '1' or last.released
+    move(latest, last, {status = answered and 'failed' or 'doubt', ended = as_text(now), closed_by = token,
+      released = release})
+    return not answered
+  end
+  if last.status == 'doubt' and answered then
+    move(latest, last, {status = 'failed', ended = as_text(now), closed_by = token})
+    note('resolved', latest, last, 0, 'reconcile: not done')
+  elseif last.status == 'doubt' and forced then
+    move(latest, last, {released = '1'})
+  end
+  return false
+end
+
+local function insert(run, row, given)
+  set('latest', run)
+  set('owner:' .. row.owner, run)
+  set_texts(run, given)
+  local seq = note('claimed', run, row, 1)
+  if not first then
+    first = seq
+    set('first', first)
+    redis.call('ZADD', prefix .. 'calls', first, call)
+    redis.call('ZADD', prefix .. 'calls:' .. row.wf, first, call)
+    add('actions', row.tool, 1)
+  end
+  write()
+  add('claims', row.tool, 1)
+end
+
+function ops.claim(name, token, tool, wf, caller, max, ttl, lease, on_doubt, forced, seen_run, seen_owner, ...)
+  local given = {...}
+  local mine = open(name, token)
+  local until_then = as_text(now + lease)
+  if mine then                                  -- the reply to my claim was lost
+    local row = read(mine)
+    if row.status ~= 'running' then
+      return {'lost', won + 1, shown(mine)}
+    end
+    move(mine, row, {lease = until_then})
+    return {'granted', won + 1, false, false, mine, row.started}
+  end
+  local last = latest > 0 and read(latest)
+  local closed = false
+  forced = forced == '1'
+  local answered = last and tonumber(seen_run) == latest and last.owner == seen_owner
+  if last then
+    if lives(last) then
+      return {'live', 1, shown(latest)}
+    end
+    local kind, run
+    if not forced then
+      kind, run = refusal(last, max, ttl, on_doubt, answered, given_as('matched', given))
+    end
+    if kind then
+      return {kind, 1, shown(run)}
+    end
+  end
+  local run, anchor = latest + 1, won + 1
+  local row = {tool = tool, wf = wf, caller = caller, owner = token, started = as_text(now),
+    lease = until_then, status = 'running', forced = forced and '1' or nil}
+  -- the claim itself; everything else waits behind it
+  if redis.call('HSETNX', key, run .. ':row', cjson.encode(row)) == 0 then
+    return redis.error_reply('LEDGER run ' .. run .. ' of call ' .. call .. ' is there although the newest is '
+      .. latest .. ': its key was changed by somebody else')
+  end
+  local stood
+  if last then
+    closed = close(last, token, answered, forced) and shown(latest)
+    stood = end_of(last)
+  end
+  latest = run
+  insert(run, row, given)
+  stand(stood, row)
+  return {'granted', anchor, false, closed, run, row.started}
+end
+
+-- ── settle, renew ─────────────────────────────────────────────────────────────────────
+
+-- the end of a run that had been given up: kept beside its status, once
+local function late(run, row, ending, result, err)
+  local takes = row.status == 'doubt' and (ending == 'success' or ending == 'failed')
+    or row.status == 'failed' and ending == 'success'
+  if row.late or not takes then return end
+  local told = redis.call('HMGET', key, run .. ':result', run .. ':error')
+  if ending == 'success' and not told[1] and result then
+    set(run .. ':result', result)
+  end
+  if err and (not told[2] or told[2] == '') then
+    set(run .. ':error', err)
+  end
+  move(run, row, {late = ending, late_at = as_text(now)})
+  note('late', run, row, ending == 'success' and 1 or 0, ending)
+end
+
+function ops.settle(name, token, ending, ...)
+  local given = {...}
+  local run = open(name, token)
+  if not run then return {'gone', 1} end
+  local row = read(run)
+  if row.closed_by == token then                -- the reply to my own settle was lost
+    return {'settled', 1, shown(run)}
+  end
+  local err = given_as('error', given)
+  if row.status ~= 'running' then
+    late(run, row, ending, given_as('result', given), err)
+    return {'late', 1, shown(run)}
+  end
+  set_texts(run, given)
+  move(run, row, {status = ending, ended = as_text(now), closed_by = token}, err)
+  return {'settled', 1}
+end
+
+function ops.renew(name, token, run, lease)
+  if open(name, token) ~= tonumber(run) then return {'lost', 1} end
+  local row = read(latest)
+  if row.owner ~= token or row.status ~= 'running' then return {'lost', 1} end
+  move(latest, row, {lease = as_text(now + lease)})
+  return {'renewed', 1}
+end
+
+-- ── release, resolve, reset ───────────────────────────────────────────────────────────
+
+-- the newest run if it is the one that the caller saw and it is not alive; else the refusal
+local function seen(name, run, owner)
+  open(name)
+  if latest == 0 then return nil, {'nothing', 1} end
+  local last = read(latest)
+  if latest ~= tonumber(run) or last.owner ~= owner then return nil, {'used', 1, shown(latest)} end
+  if lives(last) then return nil, {'live', 1, shown(latest)} end
+  return last
+end
+
+function ops.release(name, token, seen_run, seen_owner, max, ttl, why)
+  local last, refused = seen(name, seen_run, seen_owner)
+  if not last then return refused end
+  local before = {}
+  for _, run in ipairs(successes(horizon_of(ttl))) do
+    if run < latest then
+      before[#before + 1] = run
+    end
+  end
+  if last.status == 'running' then
+    move(latest, last, {status = 'doubt', ended = as_text(now), closed_by = token, released = '1'})
+  else
+    move(latest, last, {released = '1'})
+  end
+  for i = tonumber(max), #before do             -- after a forced run that failed, these still block
+    move(before[i], read(before[i]), {released = '1'})
+  end
+  note('released', latest, last, 0, why)
+  return {'released', 1, shown(latest)}
+end
+
+function ops.resolve(name, token, seen_run, seen_owner, done, reconciled, why, result)
+  local last, refused = seen(name, seen_run, seen_owner)
+  if not last then return refused end
+  local was, late_before = last.status, last.late
+  if was ~= 'running' and was ~= 'doubt' or reconciled == '1' and last.released then
+    return {'settled', 1, shown(latest)}
+  end
+  done = done == '1'
+  if done and result then
+    set(latest .. ':result', result)
+  end
+  move(latest, last, {status = done and 'success' or 'failed', ended = as_text(now), closed_by = token,
+    released = false})
+  if done and not result then
+    redis.call('HDEL', key, latest .. ':result')
+  end
+  note('resolved', latest, last, done and was == 'doubt' and late_before ~= 'success' and 1 or 0, why)
+  return {'resolved', 1, shown(latest)}
+end
+
+-- delete the call that is open, and take it out of the lists and the totals
+local function forget()
+  local wf
+  redis.call('ZREM', prefix .. 'calls', call)
+  for run = 1, latest do
+    local row = read(run)
+    wf = wf or row.wf
+    add('claims', row.tool, -1)
+    add('executed', row.tool, had_effect(row) and -1 or 0)
+    add('blocked', row.tool, -(redis.call('HGET', key, run .. ':blocked') or 0))
+    if run == 1 then add('actions', row.tool, -1) end
+    if run == latest and end_of(row) then redis.call('ZREM', end_of(row), call) end
+  end
+  redis.call('ZREM', prefix .. 'calls:' .. wf, call)
+  redis.call('UNLINK', key)
+end
+
+function ops.reset(name, asked)
+  open(name)
+  if latest == 0 then return {'nothing', 1} end
+  local last = read(latest)
+  if lives(last) then return {'live', 1, shown(latest)} end
+  if tonumber(last.started) > tonumber(asked) then return {'used', 1, shown(latest)} end
+  forget()
+  note('reset', latest, last, 0)
+  return {'reset', 1}
+end
+
+local function forget_tally(name)
+  local tally = prefix .. 'tally:' .. name
+  local found = redis.call('HMGET', tally, 'tool', 'wf', 'ran', 'raised')
+  add('actions', found[1], -1)
+  add('claims', found[1], -(found[3] + found[4]))
+  add('executed', found[1], -found[3])
+  redis.call('ZREM', prefix .. 'tallies', name)
+  redis.call('ZREM', prefix .. 'tallies:' .. found[2], name)
+  redis.call('ZREM', prefix .. 'raised:' .. found[1], name)
+  redis.call('UNLINK', tally)
+end
+
+local function tools()
+  local found = {}
+  for _, field in ipairs(redis.call('HKEYS', prefix .. 'totals')) do
+    if string.sub(field, 1, 8) == 'actions ' then
+      found[#found + 1] = string.sub(field, 9)
+    end
+  end
+  return found
+end
+
+-- a call with a live run in that list of calls
+local function live_in(list)
+  for _, tool in ipairs(tools()) do
+    local alive = redis.call('ZRANGEBYSCORE', prefix .. 'running:' .. tool, '(' .. as_text(now), '+inf')
+    for _, name in ipairs(alive) do
+      if redis.call('ZSCORE', list, name) then return name end
+    end
+  end
+  return nil
+end
+
+local function note_reset(scope, wf)
+  local seq = as_text(redis.call('HINCRBY', meta, 'seq', 1))
+  local what, which = 'wf', wf
+  if scope == 'all' then
+    what, which = 'detail', 'everything'
+  end
+  redis.call('XADD', prefix .. 'events', seq .. '-0', 'kind', 'reset', 'at', as_text(now), 'n', 0, what, which)
+end
+
+-- forget up to `limit` calls of a list from a place on; the first step refuses while one of all lives
+function ops.reset_scope(scope, wf, asked, after, limit)
+  local suffix = scope == 'all' and '' or ':' .. wf
+  local calls, tallies = prefix .. 'calls' .. suffix, prefix .. 'tallies' .. suffix
+  if after == '0' then
+    local alive = live_in(calls)
+    if alive then
+      open(alive)
+      return {'live', 1, shown(latest), false, alive}
+    end
+  end
+  local page = redis.call('ZRANGEBYSCORE', calls, '(' .. after, '+inf', 'WITHSCORES', 'LIMIT', 0, limit)
+  for i = 1, #page, 2 do
+    open(page[i])
+    local last = read(latest)
+    if not lives(last) and tonumber(last.started) <= tonumber(asked) then
+      forget()
+    end
+  end
+  if after == '0' then note_reset(scope, wf) end
+  if #page > 0 then return {'more', 1, false, false, page[#page]} end
+  page = redis.call('ZRANGE', tallies, 0, limit - 1)
+  for _, name in ipairs(page) do
+    forget_tally(name)
+  end
+  if #page > 0 then return {'more', 1, false, false, after == '0' and '1' or after} end
+  return {'reset', 1}
+end
+
+-- ── counting ──────────────────────────────────────────────────────────────────────────
+
+local function count_tally(tool, wf, caller, args, err, kind, times, run)
+  local tally = prefix .. 'tally:' .. call
+  local is_new = redis.call('EXISTS', tally) == 0
+  local seq = note(kind, run, {tool = tool, wf = wf, caller = caller}, times, err)
+  if is_new then
+    redis.call('HSET', tally, 'tool', tool, 'wf', wf, 'caller', caller, 'ran', 0, 'raised', 0,
+      'first', seq, 'created', as_text(now))
+    if args then redis.call('HSET', tally, 'args', args) end
+    redis.call('ZADD', prefix .. 'tallies', seq, call)
+    redis.call('ZADD', prefix .. 'tallies:' .. wf, seq, call)
+    add('actions', tool, 1)
+  end
+  redis.call('HINCRBY', tally, kind, times)
+  redis.call('HSET', tally, 'touched', as_text(now))
+  if err then
+    redis.call('HSET', tally, 'error', err)
+    redis.call('ZADD', prefix .. 'raised:' .. tool, redis.call('HGET', tally, 'first'), call)
+  else
+    redis.call('HDEL', tally, 'error')
+    redis.call('ZREM', prefix .. 'raised:' .. tool, call)
+  end
+  add('claims', tool, times)
+  if kind == 'ran' then add('executed', tool, times) end
+end
+
+-- one batch of a process, once however often it is sent: call run kind tool wf caller args error n, …
+function ops.count(process, batch)
+  if tonumber(redis.call('HGET', prefix .. 'batches', process) or 0) >= tonumber(batch) then
+    return {'counted', 1}
+  end
+  redis.call('HSET', prefix .. 'batches', process, batch)
+  for i = 5, #ARGV, 9 do
+    local run, kind, tool, wf, caller = ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4], ARGV[i + 5]
+    local args, err, times = ARGV[i + 6], ARGV[i + 7], ARGV[i + 8]
+    args, err = args ~= '' and args or nil, err ~= '' and err or nil
+    call, key = ARGV[i], prefix .. 'call:' .. ARGV[i]
+    if kind ~= 'blocked' then
+      count_tally(tool, wf, caller, args, err, kind, times, run)
+    elseif redis.call('HEXISTS', key, run .. ':row') == 1 then   -- else it was reset meanwhile
+      redis.call('HINCRBY', key, run .. ':blocked', times)
+      add('blocked', tool, times)
+      note(kind, run, {tool = tool, wf = wf, caller = caller}, times, err)
+    end
+  end
+  return {'counted', 1}
+end
+
+-- ── looking ───────────────────────────────────────────────────────────────────────────
+
+function ops.now()
+  return as_text(now)
+end
+
+-- those of these calls that have no live run
+function ops.ended(...)
+  local found = {}
+  for _, name in ipairs({...}) do
+    open(name)
+    local last = latest > 0 and read(latest)
+    if not last or not lives(last) then
+      found[#found + 1] = name
+    end
+  end
+  return found
+end
+
+-- tool, actions, claims, executed, blocked, failed, in doubt, suspended, running, …
+function ops.totals()
+  local found = {}
+  local time = as_text(now)
+  for _, tool in ipairs(tools()) do
+    local sums = redis.call('HMGET', prefix .. 'totals', 'actions ' .. tool, 'claims ' .. tool,
+      'executed ' .. tool, 'blocked ' .. tool)
+    local running = prefix .. 'running:' .. tool
+    local lapsed = redis.call('ZCOUNT', running, '-inf', time)
+    found[#found + 1] = {tool, sums[1], sums[2] or 0, sums[3] or 0, sums[4] or 0,
+      redis.call('ZCARD', prefix .. 'failed:' .. tool),
+      redis.call('ZCARD', prefix .. 'doubt:' .. tool) + lapsed,
+      redis.call('ZCARD', prefix .. 'suspended:' .. tool),
+      redis.call('ZCARD', running) - lapsed}
+  end
+  return found
+end
+
+-- tool, error of its newest call that failed, …
+function ops.last_errors()
+  local found = {}
+  for _, tool in ipairs(tools()) do
+    local raised = redis.call('ZREVRANGE', prefix .. 'raised:' .. tool, 0, 0)[1]
+    local failed = redis.call('ZREVRANGE', prefix .. 'failed:' .. tool, 0, 0)[1]
+    if raised then
+      found[#found + 1] = {tool, redis.call('HGET', prefix .. 'tally:' .. raised, 'error')}
+    elseif failed then
+      open(failed)
+      found[#found + 1] = {tool, redis.call('HGET', key, latest .. ':error')}
+    end
+  end
+  return found
+end
+
+function ops.check()
+  redis.call('HSET', meta, 'checked', as_text(now))
+  return as_text(now)
+end
+
+-- ── opening ───────────────────────────────────────────────────────────────────────────
+
+-- make the ledger if there is none, and say who comes: {schema, id}
+local function begin(schema, id, process, about)
+  if redis.call('HSETNX', meta, 'schema', schema) == 1 then
+    redis.call('HSET', meta, 'id', id, 'seq', 0)
+  end
+  local found = redis.call('HMGET', meta, 'schema', 'id')
+  if tonumber(found[1]) <= tonumber(schema) then
+    redis.call('HSETNX', prefix .. 'processes', process, about)
+  end
+  return found
+end
+
+if ARGV[1] == 'open' then
+  return begin(unpack(ARGV, 2))
+end
+-- a server that came back empty must not look like a ledger in which nothing was ever done
+if redis.call('HGET', meta, 'id') ~= ARGV[2] then
+  return {'replaced', 1}
+end
+if ARGV[1] == 'count' then                      -- too many values to unpack
+  return ops.count(ARGV[3], ARGV[4])
+end
+return ops[ARGV[1]](unpack(ARGV, 3))
