@@ -96,9 +96,8 @@ class ServerStore(Store):
         """`wait` without blocking the event loop."""
         loop = asyncio.get_running_loop()
         bell = asyncio.Event()
-        with self._watcher.watching(call, lambda: ledger._call_loop(loop, bell.set)):
-            with suppress(TimeoutError):
-                await asyncio.wait_for(bell.wait(), seconds)
+        with self._watcher.watching(call, lambda: ledger._call_loop(loop, bell.set)), suppress(TimeoutError):
+            await asyncio.wait_for(bell.wait(), seconds)
 
     def changed(self, calls: Sequence[str], seconds: float) -> Iterable[str]:
         """Which of these calls have no live run any more; returns after so many seconds, or when woken."""

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from importlib import resources
 from typing import Any, Literal
 
@@ -27,7 +25,7 @@ from psycopg.rows import tuple_row
 
 import ledger
 from ledger import Clock, Now, Op, Record, Run, StoreError, UsageError, Verdict
-from ledger_stores.base import ServerStore, run_from, verdict_from, without_password
+from ledger_stores.base import ServerStore, verdict_from, without_password
 
 _SCHEMA_VERSION = 1
 _COLUMNS = ", ".join(Run._fields)
@@ -76,11 +74,16 @@ class PostgresStore(ServerStore):
         return pool
 
     def _open(self) -> psycopg_pool.ConnectionPool[psycopg.Connection[Any]]:
-        try:
-            with psycopg.connect(self.url, autocommit=True, connect_timeout=5) as db:
-                self._prepare(db)
-        except psycopg.Error as error:
-            raise self._translated(error) from error
+        limit = time.monotonic() + _RETRY_SECONDS
+        while True:
+            try:
+                with psycopg.connect(self.url, autocommit=True, connect_timeout=5) as db:
+                    self._prepare(db)
+                break
+            except psycopg.Error as error:  # who refuses is told at once; who is starting gets a moment
+                if error.sqlstate is None or not _is_broken(error) or time.monotonic() > limit:
+                    raise self._translated(error) from error
+            time.sleep(0.05)
         settings = {
             "autocommit": True,
             "connect_timeout": 5,
@@ -100,16 +103,14 @@ class PostgresStore(ServerStore):
     def _prepare(self, db: psycopg.Connection[Any]) -> None:
         """Make the schema if it is not there, under a lock, whole or not at all; refuse a newer one."""
         ns = self.namespace
-        found = db.execute("SELECT to_regclass(%s)", (f"{ns}.meta",)).fetchone()
-        if not found or found[0] is None:
+        if not self._is_made(db):
             with db.transaction():
                 db.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 1))", (f"ledger schema {ns}",))
-                found = db.execute("SELECT to_regclass(%s)", (f"{ns}.meta",)).fetchone()
-                if not found or found[0] is None:
-                    db.execute(f"CREATE SCHEMA IF NOT EXISTS {ns}")  # type: ignore[arg-type]
+                if not self._is_made(db):
+                    db.execute(f"CREATE SCHEMA IF NOT EXISTS {ns}")
                     source = resources.files("ledger_stores").joinpath("postgres.sql").read_text("utf-8")
-                    db.execute(source.replace(":ns", ns))  # type: ignore[arg-type]
-        row = db.execute(f"SELECT value FROM {ns}.meta WHERE name = 'schema'").fetchone()  # type: ignore[arg-type]
+                    db.execute(source.replace(":ns", ns))
+        row = db.execute(f"SELECT value FROM {ns}.meta WHERE name = 'schema'").fetchone()
         version = int(row[0]) if row else 0
         if version > _SCHEMA_VERSION:
             raise StoreError(
@@ -118,17 +119,16 @@ class PostgresStore(ServerStore):
             )
         me = ledger._me()
         db.execute(
-            f"INSERT INTO {ns}.processes VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",  # type: ignore[arg-type]
-            tuple(me),
+            f"INSERT INTO {ns}.processes VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING", tuple(me)
         )
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Every error of the driver is a `StoreError`."""
-        try:
-            yield
-        except psycopg.Error as error:
-            raise self._translated(error) from error
+    def _is_made(self, db: psycopg.Connection[Any]) -> bool:
+        # the catalogue itself: to_regclass answers from a cache that may be older than the lock
+        sql = (
+            "SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+            " WHERE n.nspname = %s AND c.relname = 'meta'"
+        )
+        return db.execute(sql, (self.namespace,)).fetchone() is not None
 
     def _translated(self, error: Exception) -> StoreError:
         where = without_password(self.url)
@@ -153,7 +153,7 @@ class PostgresStore(ServerStore):
         while True:
             try:
                 with self._opened().connection() as db:
-                    return db.execute(text, values).fetchall()  # type: ignore[arg-type]
+                    return db.execute(text, values).fetchall()
             except (psycopg.OperationalError, psycopg.InterfaceError) as error:
                 broken = not isinstance(error, psycopg_pool.PoolTimeout) and _is_broken(error)
                 if not broken or time.monotonic() > limit:
@@ -322,7 +322,7 @@ class PostgresStore(ServerStore):
     def _listener(self) -> psycopg.Connection[Any]:
         if self._listening is None or self._listening.closed:
             self._listening = psycopg.connect(self.url, autocommit=True, connect_timeout=5)
-            self._listening.execute(f"LISTEN {self.namespace}")  # type: ignore[arg-type]
+            self._listening.execute(f"LISTEN {self.namespace}")
         return self._listening
 
     def _drop_listener(self) -> None:

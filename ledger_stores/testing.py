@@ -12,6 +12,7 @@ silence.  Needs pytest.  A store on a server, whose own clock decides leases, ov
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import random
@@ -195,7 +196,7 @@ class StoreConformance:
         """Whoever claims a call that nobody made gets run 1, with a lease."""
         run = granted(store)
 
-        assert (1, "running", None) == (run.run, run.status, run.closed_by)
+        assert (run.run, run.status, run.closed_by) == (1, "running", None)
         assert [shape([run]), run.lease] == [shape(rows := store.rows("c")), rows[0].lease]
 
     def test_a_second_claim_finds_a_live_run(self, store: Store) -> None:
@@ -212,14 +213,14 @@ class StoreConformance:
 
         verdict = store.transact(claim())
 
-        assert ("done", '"receipt"') == (verdict.kind, verdict.row and verdict.row.result)
+        assert (verdict.kind, verdict.row and verdict.row.result) == ("done", '"receipt"')
 
     @pytest.mark.parametrize("end", ["failed", "suspended"])
     def test_a_run_that_did_not_succeed_frees_the_call(self, store: Store, end: str) -> None:
         """Failed and suspended runs are followed by run 2."""
         store.transact(settle(granted(store), end))
 
-        assert 2 == granted(store).run
+        assert granted(store).run == 2
 
     def test_a_lapsed_run_is_taken_over(self, store: Store, clock: FakeClock) -> None:
         """Takeover closes the old run as in doubt and starts the next one, in one step."""
@@ -235,11 +236,11 @@ class StoreConformance:
         """`max=2` allows two successes, one at a time; failures do not count."""
         for end in ("success", "failed"):
             run = granted(store, max=2)
-            assert "live" == store.transact(claim(max=2)).kind
+            assert store.transact(claim(max=2)).kind == "live"
             store.transact(settle(run, end))
         store.transact(settle(granted(store, max=2)))
 
-        assert "done" == store.transact(claim(max=2)).kind
+        assert store.transact(claim(max=2)).kind == "done"
 
     def test_ttl_opens_the_call_again(self, store: Store, clock: FakeClock) -> None:
         """A success older than the window does not count, a younger one does."""
@@ -249,7 +250,7 @@ class StoreConformance:
         young = store.transact(claim(ttl=100 * SECOND)).kind
         self.advance(store, clock, 1)
 
-        assert ("done", "granted") == (young, store.transact(claim(ttl=100 * SECOND)).kind)
+        assert (young, store.transact(claim(ttl=100 * SECOND)).kind) == ("done", "granted")
 
     def test_force_passes_over_a_success_and_never_over_a_live_run(self, store: Store) -> None:
         """The history does not hold a forced run; a live run does."""
@@ -257,8 +258,8 @@ class StoreConformance:
 
         forced = granted(store, forced=True)
 
-        assert (2, 1) == (forced.run, forced.forced)
-        assert "live" == store.transact(claim(forced=True)).kind
+        assert (forced.run, forced.forced) == (2, 1)
+        assert store.transact(claim(forced=True)).kind == "live"
 
     # ── settle and renew ──────────────────────────────────────────────────────────────
 
@@ -271,7 +272,7 @@ class StoreConformance:
 
         kinds = [store.transact(settle(first, word)).kind for word in (end, "failed")]
 
-        assert ["late", "late"] == kinds
+        assert kinds == ["late", "late"]
         assert ("doubt", end) == (store.rows("c")[0].status, store.rows("c")[0].late)
 
     def test_a_late_success_counts(self, store: Store, clock: FakeClock) -> None:
@@ -284,7 +285,7 @@ class StoreConformance:
 
         verdict = store.transact(claim())
 
-        assert ("done", "1") == (verdict.kind, verdict.row and verdict.row.result)
+        assert (verdict.kind, verdict.row and verdict.row.result) == ("done", "1")
 
     @pytest.mark.parametrize("end", _BRANCHES)
     @pytest.mark.parametrize("then", _BRANCHES)
@@ -304,8 +305,8 @@ class StoreConformance:
         run = granted(store)
         self.advance(store, clock, 301)
 
-        assert "renewed" == store.transact(renew(run)).kind
-        assert "live" == store.transact(claim()).kind
+        assert store.transact(renew(run)).kind == "renewed"
+        assert store.transact(claim()).kind == "live"
 
     @pytest.mark.parametrize("end", ["success", "failed", "doubt"])
     def test_a_closed_run_is_not_renewed(self, store: Store, end: str) -> None:
@@ -313,7 +314,7 @@ class StoreConformance:
         run = granted(store)
         store.transact(settle(run, end))
 
-        assert "lost" == store.transact(renew(run)).kind
+        assert store.transact(renew(run)).kind == "lost"
         assert end == store.rows("c")[-1].status
 
     # ── doubt ─────────────────────────────────────────────────────────────────────────
@@ -338,8 +339,8 @@ class StoreConformance:
 
         first, second = (store.transact(claim(**answer)).kind for _ in range(2))
 
-        assert ("granted", "live") == (first, second)
-        assert ["failed", "running"] == [r.status for r in store.rows("c")]
+        assert (first, second) == ("granted", "live")
+        assert [r.status for r in store.rows("c")] == ["failed", "running"]
 
     @pytest.mark.parametrize(("done", "status"), [(True, "success"), (False, "failed")])
     @pytest.mark.parametrize("lapsed", [True, False])
@@ -379,24 +380,24 @@ class StoreConformance:
         run = granted(store)
         store.transact(settle(run))
 
-        assert "released" == store.transact(release(run)).kind
+        assert store.transact(release(run)).kind == "released"
         store.transact(settle(granted(store)))
-        assert "done" == store.transact(claim()).kind
+        assert store.transact(claim()).kind == "done"
 
     def test_retry_is_refused_beside_a_live_run(self, store: Store) -> None:
         """A live run is not released."""
         run = granted(store)
 
-        assert "live" == store.transact(release(run)).kind
-        assert 0 == store.rows("c")[-1].released
+        assert store.transact(release(run)).kind == "live"
+        assert store.rows("c")[-1].released == 0
 
     def test_there_is_nothing_to_do_in_an_unknown_call(self, store: Store) -> None:
         """What was never called is not released, resolved or reset."""
         run = claim().first_row(0, 0)
 
-        ops = [release(run), resolve(run, done=True), reset(0)]
+        ops: list[Op] = [release(run), resolve(run, done=True), reset(0)]
 
-        assert ["nothing"] * 3 == [store.transact(op).kind for op in ops]
+        assert [store.transact(op).kind for op in ops] == ["nothing"] * 3
 
     def test_a_reset_forgets_the_call(self, store: Store) -> None:
         """After a reset the call runs as if it had never been made."""
@@ -404,8 +405,8 @@ class StoreConformance:
 
         store.reset("w", store.clock.wall())
 
-        assert [] == store.rows("c")
-        assert 1 == granted(store).run
+        assert store.rows("c") == []
+        assert granted(store).run == 1
 
     def test_a_reset_is_refused_while_a_run_lives(self, store: Store) -> None:
         """A workflow with a live run keeps that call, and the error names the owner."""
@@ -415,8 +416,8 @@ class StoreConformance:
         with pytest.raises(InProgress, match=r"nothing was reset.*call c.*running in .+"):
             store.reset("w", store.clock.wall())
 
-        assert 1 == len(store.rows("c"))
-        assert not self.resets_at_once or 1 == len(store.rows("d"))
+        assert len(store.rows("c")) == 1
+        assert not self.resets_at_once or len(store.rows("d")) == 1
 
     def test_a_reset_of_one_workflow_leaves_the_others(self, store: Store) -> None:
         """What another workflow did stays done."""
@@ -425,7 +426,7 @@ class StoreConformance:
 
         store.reset("w", store.clock.wall())
 
-        assert ([], 1) == (store.rows("c"), len(store.rows("d")))
+        assert (store.rows("c"), len(store.rows("d"))) == ([], 1)
 
     # ── lost replies ──────────────────────────────────────────────────────────────────
 
@@ -437,15 +438,16 @@ class StoreConformance:
         again = store.transact(asked)
 
         assert again.row is not None
-        assert ("granted", 1, 1) == (again.kind, again.row.run, len(store.rows("c")))
+        assert (again.kind, again.row.run, len(store.rows("c"))) == ("granted", 1, 1)
         assert run is not None
         store.transact(settle(run))
-        assert "lost" == store.transact(asked).kind
+        assert store.transact(asked).kind == "lost"
 
     def test_a_repeated_settle_or_release_changes_nothing_more(self, store: Store) -> None:
         """An operation that is sent twice, because its reply was lost, counts once."""
         run = granted(store)
-        for op in (settle(run, result="1"), release(run), release(run)):
+        once: list[Op] = [settle(run, result="1"), release(run), release(run)]
+        for op in once:
             store.transact(op)
         second = granted(store)
         store.transact(settle(second))
@@ -461,13 +463,18 @@ class StoreConformance:
         """Every attempt that ran nothing is in the record, and attempts are runs plus those."""
         asked = claim()
         store.transact(asked)
-        in_parallel(8, lambda _: [store.count("blocked", asked, 1) for _ in range(25)])
+
+        def ask(_: int) -> None:
+            for _ in range(25):
+                store.count("blocked", asked, 1)
+
+        in_parallel(8, ask)
         store.flush()
 
         record = store.look("c")
 
         assert record is not None
-        assert (201, 200) == (record.attempts, record.blocked)
+        assert (record.attempts, record.blocked) == (201, 200)
 
     def test_an_unlimited_tool_is_counted_without_a_claim(self, store: Store) -> None:
         """Runs of an unlimited tool make one row that counts, and no run."""
@@ -478,7 +485,7 @@ class StoreConformance:
 
         [(record, rows)] = store.calls()
 
-        assert (3, 2, []) == (record.attempts, record.runs, rows)
+        assert (record.attempts, record.runs, rows) == (3, 2, [])
 
     def test_every_transition_has_its_event(self, store: Store, clock: FakeClock) -> None:
         """Claims, ends, late ends, releases and answers are in the log, in the order in which they happened."""
@@ -574,7 +581,7 @@ class StoreConformance:
 
         first, second = guard.call(tool), guard.call(tool)
 
-        assert (1, "executed", "replayed") == (len(runs), first.kind, second.kind)
+        assert (len(runs), first.kind, second.kind) == (1, "executed", "replayed")
         assert value == second.value
         assert type(value) is type(second.value)
 
@@ -585,7 +592,7 @@ class StoreConformance:
         verdicts = in_parallel(16, lambda _: store.transact(claim()))
 
         assert ["granted", *["live"] * 15] == sorted(v.kind for v in verdicts)
-        assert 1 == len({v.row.owner for v in verdicts if v.row})
+        assert len({v.row.owner for v in verdicts if v.row}) == 1
 
     def test_one_of_many_takes_over(self, store: Store, clock: FakeClock) -> None:
         """A run that lapsed is taken over by one of all who see it at once."""
@@ -595,7 +602,7 @@ class StoreConformance:
         kinds = sorted(v.kind for v in in_parallel(16, lambda _: store.transact(claim())))
 
         assert ["granted", *["live"] * 15] == kinds
-        assert ["doubt", "running"] == [r.status for r in store.rows("c")]
+        assert [r.status for r in store.rows("c")] == ["doubt", "running"]
 
     def test_no_more_than_max_succeed(self, store: Store) -> None:
         """Under `max=2` many callers, one after the other finding room, make two successes and one run at a time."""
@@ -617,8 +624,8 @@ class StoreConformance:
 
         in_parallel(16, call)
 
-        assert ["success", "success"] == [r.status for r in store.rows("c")]
-        assert 1 == max(most)
+        assert [r.status for r in store.rows("c")] == ["success", "success"]
+        assert max(most) == 1
 
     def test_a_settle_races_a_takeover(self, store: Store, clock: FakeClock) -> None:
         """Either the owner's word comes first and nobody takes over, or it is late; never both, never neither."""
@@ -626,15 +633,14 @@ class StoreConformance:
             run = granted(store, call=f"r{number}")
             self.advance(store, clock, 301)
 
-            settled, taken = in_parallel(
-                2, lambda n, run=run: store.transact(claim(run.call) if n else settle(run)).kind
-            )
+            ops: list[Op] = [settle(run), claim(run.call)]
+            settled, taken = in_parallel(2, functools.partial(_transact_nth, store, ops))
 
             statuses = [r.status for r in store.rows(run.call)]
             if settled == "settled":
-                assert ("done", ["success"]) == (taken, statuses)
+                assert (taken, statuses) == ("done", ["success"])
             else:
-                assert ("late", "granted", ["doubt", "running"]) == (settled, taken, statuses)
+                assert (settled, taken, statuses) == ("late", "granted", ["doubt", "running"])
 
     def test_processes_share_one_run(self, store: Store) -> None:
         """Four processes that claim the same calls at once: each call is granted once in all."""
@@ -651,7 +657,7 @@ class StoreConformance:
             child.join(60)
 
         assert [f"p{n}" for n in range(20)] == sorted(won, key=lambda name: int(name[1:]))
-        assert [0] * 4 == [child.exitcode for child in children]
+        assert [child.exitcode for child in children] == [0] * 4
 
     def _claim_all(self, store: Store, gate: Any, answers: Any) -> None:
         mine = self.again(store)
@@ -680,6 +686,10 @@ class StoreConformance:
                 assert model.shapes(op.call) == _timeless(store.rows(op.call)), (number, op)
             if chance.random() < 0.3:
                 self.advance(store, clock, chance.choice((1, 150, 301, 1000)))
+
+
+def _transact_nth(store: Store, ops: list[Op], number: int) -> str:
+    return store.transact(ops[number]).kind
 
 
 def _told(verdict: ledger.Verdict) -> tuple[Any, ...]:

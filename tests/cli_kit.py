@@ -185,6 +185,17 @@ class Terminal:
         """Press keys, such as Ctrl-C."""
         os.write(self._master, text.encode())
 
+    def interrupt(self) -> None:
+        """Press Ctrl-C until it ends: the first can come in the moment between Python's look and a read()."""
+
+        def ended() -> bool:
+            if self.process.poll() is None:
+                self.press("\x03")
+                time.sleep(0.2)
+            return self.process.poll() is not None
+
+        eventually(ended)
+
     def ends(self) -> Done:
         """The end of the command and all it showed."""
         code = self.process.wait(PATIENCE)

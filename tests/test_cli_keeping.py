@@ -331,7 +331,7 @@ def test_an_import_can_be_interrupted(shop: Path, tmp_path: Path) -> None:
         try:
             os.write(handle, run("export", shop).out.encode()[:60])
             eventually(lambda: "import" in terminal.text)
-            terminal.press("\x03")
+            terminal.interrupt()
             done = terminal.ends()
         finally:
             os.close(handle)

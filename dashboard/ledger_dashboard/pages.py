@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import secrets
+from functools import partial
 from typing import Any
 from urllib.parse import urlencode
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 
 import ledger
 from ledger import Record
 from ledger_dashboard.api import SEARCH_SECONDS, opened_for
 from ledger_dashboard.figures import overview, share
 from ledger_dashboard.query import FIELDS, count_of, filter_of, range_of, text_of
-from ledger_dashboard.render import page, short_names
+from ledger_dashboard.render import link, render, short_names
+from ledger_dashboard.security import set_cookie, visitor_of
 from ledger_dashboard.source import SELDOM, Opened
 from ledger_ops.values import Detail, Filter, clock
 
@@ -136,18 +139,35 @@ async def get_doubts(request: Request) -> Response:
 
 
 async def _answer(request: Request, view: str, opened: Opened, gather: Any, **values: Any) -> Response:
+    """The page of a view; htmx, which patches a page that is open, gets what changes in it."""
+
     def make() -> Response:
         seq = opened.reader.last_seq()  # before anything else is read: what comes later is told by the stream
         gathered = gather()
         doubts = opened.stats(SELDOM).total.in_doubt
-        answer = page(
-            request, f"{view}.html", fragment=f"_{view}.html", active=view, seq=seq, doubts=doubts,
-            **values, **gathered,
+        is_patch = request.headers.get("hx-request") == "true"
+        visitor = visitor_of(request) or secrets.token_urlsafe(18)
+        html = render(
+            f"_{view}.html" if is_patch else f"{view}.html", active=view, seq=seq, doubts=doubts,
+            **_frame(request, visitor), **values, **gathered,
         )  # fmt: skip
-        answer.headers["X-Ledger-Doubts"] = str(doubts)  # for the menu of a page that is patched
+        answer = HTMLResponse(html, headers={"Vary": "HX-Request", "X-Ledger-Doubts": str(doubts)})
+        if visitor != visitor_of(request):
+            set_cookie(request, answer, "visitor", visitor, seconds=None)
         return answer
 
     return await run_in_threadpool(make)
+
+
+def _frame(request: Request, visitor: str) -> dict[str, Any]:
+    """What every page has."""
+    desk = request.app.state.desk
+    return {
+        "link": partial(link, request),
+        "csrf": "" if desk.read_only else desk.keys.csrf(visitor),
+        "read_only": desk.read_only,
+        "store_name": desk.source.name,
+    }
 
 
 def _choices(opened: Opened, records: list[Record]) -> dict[str, Any]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import secrets
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -14,9 +13,6 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 import ledger
 from ledger_ops.values import clock, iso, printable, span, state_of
-
-if TYPE_CHECKING:
-    from ledger_dashboard.app import Desk
 
 #: how much of a recorded value a page shows; the API gives all of it
 _MOST_NODES, _MOST_LEVELS, _LONGEST_TEXT = 1_000, 24, 8_000
@@ -218,28 +214,9 @@ def make_environment() -> Environment:
 _environment = make_environment()
 
 
-def page(
-    request: Request, template: str, *, status: int = 200, fragment: str | None = None, **values: Any
-) -> Response:
-    """A page; htmx, which replaces what changed in a page that is open, gets the `fragment` of it."""
-    from ledger_dashboard.security import set_cookie, visitor_of
-
-    desk: Desk = request.app.state.desk
-    visitor = visitor_of(request)
-    fresh = "" if visitor else secrets.token_urlsafe(18)
-    wanted = fragment if fragment is not None and request.headers.get("hx-request") == "true" else template
-    html = _environment.get_template(wanted).render(
-        request=request,
-        link=lambda name, **params: link(request, name, **params),
-        csrf="" if desk.read_only else desk.keys.csrf(visitor or fresh),
-        read_only=desk.read_only,
-        store_name=desk.source.name,
-        **values,
-    )
-    answer = HTMLResponse(html, status, {"Vary": "HX-Request"})
-    if fresh:
-        set_cookie(request, answer, "visitor", fresh, seconds=None)
-    return answer
+def render(template: str, **values: Any) -> str:
+    """A page, or a part of one, as HTML."""
+    return _environment.get_template(template).render(values)
 
 
 def refusal(request: Request, status: int, what: str, advice: str) -> Response:
@@ -250,8 +227,8 @@ def refusal(request: Request, status: int, what: str, advice: str) -> Response:
     )
     if path.startswith(("/api/", "/health", "/metrics")) or not wants_html:
         return JSONResponse({"error": what, "advice": advice}, status)
-    html = _environment.get_template("error.html").render(
-        status=status, what=what, advice=advice, base=base_of(request), again=status == 503,
+    html = render(
+        "error.html", status=status, what=what, advice=advice, base=base_of(request), again=status == 503,
         ask_token=status == 401,
     )  # fmt: skip
     return HTMLResponse(html, status)

