@@ -2529,6 +2529,11 @@ class SqliteStore(Store):
 
     # -- group commit: who finds nobody writing commits all that waits; under load, a thread does --
 
+    @property
+    def address(self) -> str:
+        """Where it is, for people."""
+        return self.path
+
     def transact(self, op: Op) -> Verdict:
         """Apply one operation in a transaction that may carry others; returns after its commit."""
         return cast(

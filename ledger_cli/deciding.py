@@ -128,7 +128,7 @@ def clear_command(*, db: str | None, wf: str | None, force: bool, yes: bool, jso
         advice = "wait for them, stop them, or use --force"
         raise InProgress(f"nothing was changed: still running: {acts.owners_of(alive)}; {advice}")
     warning = f", although these still run: {acts.owners_of(alive)}" if alive else ""
-    what = f"{count:,} calls of {scope} in {store.path} would be forgotten and could run again{warning}"
+    what = f"{count:,} calls of {scope} in {store.address} would be forgotten and could run again{warning}"
     if not confirmed(what, "Forget them?", yes=yes):
         return FAILURE
     forgotten = acts.clear(store, wf, force=force)

@@ -20,12 +20,12 @@ from ledger_cli.options import (
     database,
     database_argument,
     filters,
-    opened,
+    opened_file,
     reader_of,
     yes,
 )
 from ledger_cli.screen import Screen, confirmed, note, progress
-from ledger_ops.reader import path_of
+from ledger_ops.reader import open_store, path_of
 from ledger_ops.values import Filter, clock, iso, printable
 
 
@@ -152,7 +152,7 @@ def prune_command(
     """
     from ledger_ops.upkeep import prune
 
-    store = opened(db)
+    store = opened_file(db)
     before = time.time_ns() // 1000 - older_than
     if forget and not dry_run and not yes:
         planned = prune(store, before=before, forget=True, dry_run=True)
@@ -190,7 +190,7 @@ def backup_command(*, file: str, db: str | None, json: bool) -> None:
     """
     from ledger_ops.upkeep import backup
 
-    size = backup(opened(db), file)
+    size = backup(opened_file(db), file)
     screen = Screen()
     if json:
         screen.json({"path": str(Path(file).absolute()), "bytes": size})
@@ -245,7 +245,7 @@ def restore_command(*, file: str, db: str | None, yes: bool, json: bool) -> int:
 def _described(path: str) -> str:
     """What a restore would replace; a damaged file is what restores are for."""
     try:
-        with closing(reader_of(path).store) as store:
+        with closing(open_store(path)) as store:
             newest = store.browse("SELECT at FROM events ORDER BY seq DESC LIMIT 1")
             calls = store.browse("SELECT COUNT(DISTINCT call) FROM runs")[0][0]
     except LedgerError as error:

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 import click
 
-from ledger import SqliteStore, StoreError
+from ledger import StoreError
 from ledger_cli import grids
 from ledger_cli.app import NOTHING_MATCHED, complain
 from ledger_cli.options import as_json, command, database, database_argument, filters, reader_of
 from ledger_cli.screen import Screen, note
-from ledger_ops.reader import NoLedger, Reader, open_store
+from ledger_ops.reader import AnyStore, NoLedger, Reader, open_ledger
 from ledger_ops.values import Event, Filter, record_dict
 
 NEWEST = 100
@@ -246,7 +246,7 @@ def tail_command(*, db: str | None, wanted: Filter, lines: int, no_follow: bool,
 
 def _follow(reader: Reader, after: int, wanted: Filter) -> Iterator[list[Event]]:
     """New events, page by page; what does not match is passed over and never read again."""
-    path = reader.store.path
+    path = reader.store.address
     while True:
         time.sleep(_POLL_SECONDS)
         try:
@@ -261,11 +261,11 @@ def _follow(reader: Reader, after: int, wanted: Filter) -> Iterator[list[Event]]
             reader, after = Reader(_return_of(path)), 0
 
 
-def _return_of(path: str) -> SqliteStore:
+def _return_of(path: str) -> AnyStore:
     """The ledger at that path, as soon as there is one again."""
     while True:
         time.sleep(_POLL_SECONDS)
         try:
-            return open_store(path)
+            return open_ledger(path)
         except NoLedger:
             pass

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from ledger import SqliteStore, UsageError
-from ledger_ops.reader import Reader, open_store
+from ledger_ops.reader import AnyStore, Reader, open_ledger, open_store
 from ledger_ops.values import STATES, Filter, parse_span, parse_time
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -133,8 +133,15 @@ def database_argument(function: Function) -> Function:
     return _applied(with_db, [argument, _DB_OPTION])  # type: ignore[no-any-return]
 
 
-def opened(db: str | None) -> SqliteStore:
+def opened(db: str | None) -> AnyStore:
     """The ledger, which must exist; it is closed when the command ends."""
+    store = open_ledger(db)
+    click.get_current_context().call_on_close(store.close)
+    return store
+
+
+def opened_file(db: str | None) -> SqliteStore:
+    """The ledger, which must be a file; a server has tools of its own for what is done then."""
     store = open_store(db)
     click.get_current_context().call_on_close(store.close)
     return store

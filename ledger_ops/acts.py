@@ -8,8 +8,8 @@ import os
 from collections.abc import Sequence
 
 import ledger
-from ledger import InProgress, Record, Run, SqliteStore, Store, UsageError
-from ledger_ops.reader import NoSuchCall
+from ledger import InProgress, Record, Run, Store, UsageError
+from ledger_ops.reader import AnyStore, NoSuchCall
 from ledger_ops.values import clock, printable, state_of
 
 
@@ -67,7 +67,7 @@ def resolve(
     return _judged(store, op, "resolved")
 
 
-def clear(store: SqliteStore, wf: str | None = None, *, force: bool = False) -> int:
+def clear(store: AnyStore, wf: str | None = None, *, force: bool = False) -> int:
     """Forget the calls of a workflow (None: of all) and say how many; each could run again.
 
     Raises `InProgress`, naming the owners, while runs are alive there, unless `force`.
@@ -77,8 +77,7 @@ def clear(store: SqliteStore, wf: str | None = None, *, force: bool = False) -> 
             f"nothing was cleared: still running: {owners_of(alive)}; wait for them, stop them, or use --force",
             alive[0],
         )
-    where = "WHERE :wf IS NULL OR wf = :wf"
-    scope = {"wf": wf}
+    where, scope = ("", {}) if wf is None else ("WHERE wf = :wf", {"wf": wf})
     found = store.browse(f"SELECT COUNT(DISTINCT call) FROM runs {where}", scope)[0][0]
     found += store.browse(f"SELECT COUNT(*) FROM tallies {where}", scope)[0][0]
     store.reset(wf, store.clock.wall(), force=force)
@@ -91,13 +90,11 @@ def owners_of(alive: Sequence[Record]) -> str:
     return printable(f"{named} and {len(alive) - 5} more" if len(alive) > 5 else named)
 
 
-def alive_in(store: SqliteStore, wf: str | None) -> list[Record]:
+def alive_in(store: AnyStore, wf: str | None) -> list[Record]:
     """Calls of a workflow (None: of all) whose latest run is alive."""
-    columns = ", ".join(Run._fields)
-    sql = (
-        f"SELECT {columns} FROM runs WHERE status = 'running' AND (:wf IS NULL OR wf = :wf) ORDER BY started"
-    )
-    records = (store.describe([Run._make(row)]) for row in store.browse(sql, {"wf": wf}))
+    mine, scope = ("", {}) if wf is None else ("AND wf = :wf ", {"wf": wf})
+    sql = f"SELECT {', '.join(Run._fields)} FROM runs WHERE status = 'running' {mine}ORDER BY started"
+    records = (store.describe([Run._make(row)]) for row in store.browse(sql, scope))
     return [record for record in records if not record.in_doubt]
 
 

@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import ledger
+import ledger_stores as stores
 from ledger import Record, Run, SqliteStore, Status, StoreError, UsageError
 from ledger_ops.values import Detail, Event, Filter, Gap, Page, Stats, Sums, clock, decode, state_of
+from ledger_stores.base import ServerStore, without_password
+
+#: what can be looked at by the SQL that SQLite and PostgreSQL have in common; marks are `?` or `:name`
+AnyStore = SqliteStore | ServerStore
 
 _COLUMNS = ", ".join(f"r.{name}" for name in Run._fields)
 _EVENT_COLUMNS = "seq, call, run, kind, at, tool, wf, caller, n, detail"
@@ -30,8 +35,23 @@ class NoSuchCall(UsageError):
     """No call has that fingerprint, or several begin with it."""
 
 
+def open_ledger(url: str | os.PathLike[str] | None = None) -> AnyStore:
+    """The ledger of a path or any URL (None: LEDGER_DB, else ./ledger.db), which must exist.
+
+    Raises as `open_store` does.
+    """
+    text = os.fspath(url) if url is not None else os.environ.get("LEDGER_DB") or "ledger.db"
+    if "://" not in text or text.partition("://")[0] in ("sqlite", "memory"):
+        return open_store(text)
+    store = stores.open_store(text)
+    if not isinstance(store, ServerStore):
+        raise UsageError(f"{text.partition('://')[0]}:// cannot be looked at")
+    store.browse("SELECT COUNT(*) FROM meta")
+    return store
+
+
 def open_store(url: str | os.PathLike[str] | None = None) -> SqliteStore:
-    """The ledger of a path or URL (None: LEDGER_DB, else ./ledger.db), which must exist.
+    """The file of a path or URL (None: LEDGER_DB, else ./ledger.db), which must exist.
 
     Raises `NoLedger`, and `StoreError` or `UsageError` for what cannot be read as a ledger.
     """
@@ -53,8 +73,10 @@ def path_of(url: str | os.PathLike[str] | None = None) -> Path:
     text = os.fspath(url) if url is not None else os.environ.get("LEDGER_DB") or "ledger.db"
     scheme, found, rest = text.partition("://")
     if found and scheme != "sqlite":
-        why = "it lives in its own process" if scheme == "memory" else f"there is no store for {scheme}://"
-        raise UsageError(f"{text} cannot be opened: {why}; name a path or sqlite:///path")
+        why = "it lives in its own process" if scheme == "memory" else "it is no file"
+        raise UsageError(
+            f"{without_password(text)} cannot be used here: {why}; name a path or sqlite:///path"
+        )
     return Path(rest.removeprefix("/") if found else text).absolute()
 
 
@@ -71,7 +93,7 @@ def refuse_missing(path: Path) -> None:
 class Reader:
     """What there is to see in one ledger. Reads are short: none holds a transaction open between them."""
 
-    def __init__(self, store: SqliteStore) -> None:
+    def __init__(self, store: AnyStore) -> None:
         self.store = store
 
     # -- calls --
@@ -229,7 +251,7 @@ class Reader:
         where, values = _conditions(wanted)
         doubtful = (
             f"SELECT {_COLUMNS} FROM runs AS r INDEXED BY open_ends WHERE r.status <> 'running' AND"
-            f" r.status <> 'success' AND r.status = 'doubt' AND NOT r.released AND {_LATEST}{where}"
+            f" r.status <> 'success' AND r.status = 'doubt' AND r.released = 0 AND {_LATEST}{where}"
         )
         running = f"SELECT {_COLUMNS} FROM runs AS r WHERE r.status = 'running'{where}"
         rows = self.store.browse(doubtful, values) + self.store.browse(running, values)
@@ -265,7 +287,7 @@ class Reader:
     ) -> list[Event]:
         """The newest events, oldest first."""
         where, values = _event_conditions(wanted)
-        sql = f"SELECT {_EVENT_COLUMNS} FROM events WHERE 1{where} ORDER BY seq DESC LIMIT :limit"
+        sql = f"SELECT {_EVENT_COLUMNS} FROM events WHERE 1 = 1{where} ORDER BY seq DESC LIMIT :limit"
         return [Event(*row) for row in reversed(self.store.browse(sql, {**values, "limit": limit}))]
 
     def last_seq(self) -> int:
@@ -279,13 +301,19 @@ class Reader:
         last = self.last_seq()
         found: list[Event] = []
         while after < last:
-            upto = min(after + _LAST_WINDOW, last)
+            upto = self._seq_after(after, _LAST_WINDOW) or last
             sql = f"SELECT {_EVENT_COLUMNS} FROM events WHERE seq > ? AND seq <= ? AND call = ? ORDER BY seq"
             found += [Event(*row) for row in self.store.browse(sql, (after, upto, record.call))]
             after = upto
             if after < last and deadline is not None and time.monotonic() > deadline:
                 return found, False
         return found, True
+
+    def _seq_after(self, after: int, count: int) -> int | None:
+        """The number of the event that comes so many events later; on a server numbers have wide gaps."""
+        sql = "SELECT seq FROM events WHERE seq > ? ORDER BY seq LIMIT 1 OFFSET ?"
+        rows = self.store.browse(sql, (after, count - 1))
+        return int(rows[0][0]) if rows else None
 
     def _seq_at(self, moment: int) -> int:
         """About the first event at or after that time, by bisection: numbers follow time but for clock steps."""
@@ -314,9 +342,9 @@ class Reader:
         where, values = _conditions(wanted)
         tools: dict[str, Sums] = {}
         sql = (
-            f"SELECT r.tool, SUM(CASE WHEN r.run = 1 THEN 1 ELSE {_FIRST} END), COUNT(*),"
-            " SUM(r.status = 'success' OR r.late IS 'success'), SUM(r.blocked)"
-            f" FROM runs AS r WHERE 1{where} GROUP BY r.tool"
+            f"SELECT r.tool, COUNT(*) FILTER (WHERE {_FIRST}), COUNT(*),"
+            " COUNT(*) FILTER (WHERE r.status = 'success' OR r.late = 'success'), SUM(r.blocked)"
+            f" FROM runs AS r WHERE 1 = 1{where} GROUP BY r.tool"
         )
         for tool, actions, claims, executed, blocked in self.store.browse(sql, values):
             tools[tool] = Sums(actions, claims + blocked, executed, blocked)
@@ -334,7 +362,7 @@ class Reader:
         """What needs a look at the latest run: few rows, found by their own index."""
         sql = (
             "SELECT r.tool, r.status, COUNT(*) FROM runs AS r INDEXED BY open_ends WHERE r.status <> 'running'"
-            " AND r.status <> 'success' AND (r.status <> 'doubt' OR NOT r.released AND r.late IS NOT 'success')"
+            " AND r.status <> 'success' AND (r.status <> 'doubt' OR r.released = 0 AND COALESCE(r.late, '') <> 'success')"
             f" AND {_LATEST}{where} GROUP BY r.tool, r.status"
         )
         for tool, status, n in self.store.browse(sql, values):
@@ -448,11 +476,11 @@ def _tally_conditions(wanted: Filter) -> tuple[str, dict[str, Any]]:
     if wanted.until is not None:
         parts.append("created < :until")
     if wanted.status is not None:
-        parts.append({"success": "error IS NULL", "failed": "error IS NOT NULL"}.get(wanted.status, "0"))
+        parts.append({"success": "error IS NULL", "failed": "error IS NOT NULL"}.get(wanted.status, "1 = 0"))
     if wanted.search:
         columns = ("tool", "args", "error")
         parts.append("(" + " OR ".join(f"{name} LIKE :search ESCAPE '\\'" for name in columns) + ")")
-    return " AND ".join(parts) or "1", values
+    return " AND ".join(parts) or "1 = 1", values
 
 
 def _common(wanted: Filter, r: str) -> tuple[list[str], dict[str, Any]]:
@@ -464,8 +492,8 @@ def _common(wanted: Filter, r: str) -> tuple[list[str], dict[str, Any]]:
             values[name] = getattr(wanted, name)
     if wanted.tool is not None:  # the full name, or what follows its last dot
         parts.append(
-            f"({r}tool = :tool OR substr({r}tool, -length(:dotted)) = :dotted OR"
-            f" instr({r}tool, :dotted || '#') > 0)"
+            f"({r}tool = :tool OR substr({r}tool, length({r}tool) - length(:dotted) + 1) = :dotted OR"
+            f" replace({r}tool, :dotted || '#', '') <> {r}tool)"
         )
         values |= {"tool": wanted.tool, "dotted": f".{wanted.tool}"}
     for name in ("since", "until"):

@@ -99,12 +99,9 @@ class Rollup:
                 if self.seq >= target:
                     self.progress = 1.0
                     return True
-                rows = self.reader.store.browse(_SLICE_OF_EVENTS, (self.seq, self.seq + _SLICE))
-                upto = (
-                    rows[-1][0]
-                    if rows and rows[-1][0] > self.seq + _SLICE
-                    else min(self.seq + _SLICE, target)
-                )
+                rows = self.reader.store.browse(_SLICE_OF_EVENTS, (self.seq, _SLICE))
+                newest = rows[-1][0] if rows else 0  # it may have come after the look at the last number
+                upto = newest if len(rows) == _SLICE else max(newest, target)
                 added = _added(rows)
                 with self._lock:
                     self._apply(added)
@@ -215,8 +212,9 @@ SELECT e.seq, e.kind, e.at, e.tool, e.wf, e.caller, e.n, e.run,
        CASE WHEN e.kind = 'success' OR e.kind = 'failed' THEN
          (SELECT r.started FROM runs AS r WHERE r.call = e.call AND r.run = e.run) END
   FROM events AS e
- WHERE e.seq > ? AND e.seq <= ? AND e.tool IS NOT NULL
+ WHERE e.seq > ? AND e.tool IS NOT NULL
  ORDER BY e.seq
+ LIMIT ?
 """
 
 

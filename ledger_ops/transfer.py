@@ -13,7 +13,7 @@ from typing import IO, Any, Literal, NamedTuple
 
 import ledger
 from ledger import Run, SqliteStore, UsageError
-from ledger_ops.reader import Reader
+from ledger_ops.reader import AnyStore, Reader
 from ledger_ops.values import Event, Filter, Progress, add, csv_safe, iso, printable, record_dict
 
 FORMAT = 1
@@ -77,7 +77,7 @@ def _csv_line(cells: Sequence[Any]) -> str:
     return line.getvalue()
 
 
-def _rows_of(store: SqliteStore, call: str) -> dict[str, Any]:
+def _rows_of(store: AnyStore, call: str) -> dict[str, Any]:
     if rows := store.rows(call):
         return {"rows": [run._asdict() for run in rows]}
     found = store.browse("SELECT * FROM tallies WHERE call = ?", (call,))

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import ledger
-from ledger import Claim, Clock, Op, Record, Run, Store
+from ledger import Claim, Clock, Op, Record, Run, Store, UsageError
 
 #: how soon the one who looks for all that wait looks again, at first and in the end
 _FIRST_LOOK, _LAST_LOOK = 0.02, 1.0
@@ -103,7 +103,20 @@ class ServerStore(Store):
         """Which of these calls have no live run any more; returns after so many seconds, or when woken."""
         raise NotImplementedError
 
-    # -- the six methods by which people look --
+    def reset(self, wf: str | None, asked: int, *, force: bool = False) -> None:
+        """Forget every call of a workflow (None: of all); raises `InProgress` while one runs, unless `force`."""
+        raise NotImplementedError
+
+    # -- looking --
+
+    @property
+    def address(self) -> str:
+        """Where it is, for people."""
+        return without_password(self.url)
+
+    def browse(self, sql: str, values: Sequence[Any] | dict[str, Any] = ()) -> list[Any]:
+        """All rows of a query that writes nothing, in the SQL that SQLite and PostgreSQL have in common."""
+        raise UsageError(f"{self.address}: this store cannot be looked at by SQL")
 
     def get(self, id: str) -> Record | None:
         """`look`, by its name in the six methods."""

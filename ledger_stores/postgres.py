@@ -12,6 +12,7 @@ whose reply was lost is sent again with its token and finds its own row.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import time
@@ -142,7 +143,7 @@ class PostgresStore(ServerStore):
         told.full = getattr(error, "sqlstate", None) == "53100"
         return told
 
-    def _ask(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    def _ask(self, sql: str, values: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
         """All rows of one statement: one round trip, in a transaction of its own.
 
         A connection that broke is replaced and the statement sent again: whatever is asked here
@@ -197,10 +198,13 @@ class PostgresStore(ServerStore):
         sql = "SELECT :ns.count(%s), set_config('synchronous_commit', 'off', true)"
         self._ask(sql, (json.dumps([[_clean(v) for v in item] for item in sums]),))
 
-    def reset(self, wf: str | None, asked: int) -> None:
-        """Forget every call of a workflow (None: of all) in one transaction; `InProgress` while one runs."""
+    def reset(self, wf: str | None, asked: int, *, force: bool = False) -> None:
+        """Forget every call of a workflow (None: of all) in one transaction.
+
+        Raises `InProgress` while one runs; `force` forgets it too, and it may then run beside itself.
+        """
         self.flush()
-        verdict = self._call("reset_scope", wf, asked)
+        verdict = self._call("reset_scope", wf, asked, force)
         if verdict.kind == "live" and verdict.row is not None:
             raise ledger._busy_reset(self.describe([verdict.row]))
 
@@ -280,10 +284,7 @@ class PostgresStore(ServerStore):
     def events(self, after: int = 0) -> Iterator[dict[str, Any]]:
         """What happened after that sequence number, oldest first; none is skipped that commits later."""
         self.flush_for_reading()
-        sql = (
-            f"SELECT {', '.join(_EVENTS)} FROM :ns.events WHERE seq > %s AND"
-            " seq < pg_snapshot_xmin(pg_current_snapshot())::text::bigint * 4096 ORDER BY seq LIMIT 500"
-        )
+        sql = f"SELECT {', '.join(_EVENTS)} FROM :ns.certain_events WHERE seq > %s ORDER BY seq LIMIT 500"
         while page := self._ask(sql, (after,)):
             for row in page:
                 yield {**dict(zip(_EVENTS, row, strict=True)), "at": ledger._iso(row[4])}
@@ -298,6 +299,10 @@ class PostgresStore(ServerStore):
     def last_errors(self) -> dict[str, str | None]:
         """By tool, the error of its newest call whose latest run failed."""
         return dict(self._ask(_LAST_ERRORS))
+
+    def browse(self, sql: str, values: Sequence[Any] | dict[str, Any] = ()) -> list[Any]:
+        """All rows of a query that writes nothing, in the SQL that SQLite and PostgreSQL have in common."""
+        return self._ask(_in_our_words(sql), values)
 
     # -- duplicates that wait: NOTIFY wakes them, looking does where a pooler swallows it --
 
@@ -355,6 +360,20 @@ def _is_broken(error: Exception) -> bool:
     """Whether the connection is gone, rather than the statement refused."""
     state = getattr(error, "sqlstate", None)
     return state is None or state[:2] in ("08", "57")
+
+
+@functools.cache
+def _in_our_words(sql: str) -> str:
+    """SQL of the common kind as PostgreSQL and psycopg have it."""
+    text = re.sub(r"INDEXED BY \w+", "", sql.replace("%", "%%"))
+    text = re.sub(r"(?<![:\w]):([a-z_]+)", r"%(\1)s", text).replace("?", "%s").replace(" LIKE ", " ILIKE ")
+    # events that are certain: none that commits later has a smaller number
+    return re.sub(r"\bFROM (runs|events|tallies|meta)\b", _qualified, text)
+
+
+def _qualified(found: re.Match[str]) -> str:
+    table = {"events": "certain_events"}.get(found[1], found[1])
+    return f"FROM :ns.{table}"
 
 
 def _clean(value: Any) -> Any:

@@ -52,6 +52,10 @@ CREATE TABLE :ns.events (
   n bigint NOT NULL DEFAULT 1,
   detail text);
 
+-- those that no open transaction can precede any more
+CREATE VIEW :ns.certain_events AS
+  SELECT * FROM :ns.events WHERE seq < pg_snapshot_xmin(pg_current_snapshot())::text::bigint * 4096;
+
 CREATE TABLE :ns.tallies (
   call text COLLATE "C" PRIMARY KEY,
   tool text NOT NULL,
@@ -336,14 +340,14 @@ BEGIN
 END $$;
 
 -- forget every call of a workflow (NULL: of all); the one that lives if there is one, and nothing is forgotten
-CREATE FUNCTION :ns.reset_scope(c_wf text, asked bigint) RETURNS json LANGUAGE plpgsql AS $$
+CREATE FUNCTION :ns.reset_scope(c_wf text, asked bigint, by_force boolean) RETURNS json LANGUAGE plpgsql AS $$
 DECLARE
   alive :ns.runs;
 BEGIN
   LOCK TABLE :ns.runs IN SHARE ROW EXCLUSIVE MODE;   -- no claim can come between the look and the deletion
   SELECT * INTO alive FROM :ns.runs
    WHERE status = 'running' AND lease > :ns.now_us() AND (c_wf IS NULL OR wf = c_wf) LIMIT 1;
-  IF FOUND THEN
+  IF FOUND AND NOT by_force THEN
     RETURN :ns.verdict('live', alive, NULL, 1);
   END IF;
   DELETE FROM :ns.runs WHERE (c_wf IS NULL OR wf = c_wf) AND call NOT IN (

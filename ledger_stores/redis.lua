@@ -12,11 +12,11 @@
 --
 --   meta              hash: schema, id (random, made with the ledger), seq (newest event), checked
 --   call:<call>       hash, all that is known of one call:
---                       latest            number of its newest run; 1 … latest are all there
---                       first             number of the event of its first claim: its place in the lists
---                       won               newest run that had its effect (success or late success)
---                       counted           "run:time …", the successes that are not released
---                       owner:<token>     the run of that claim
+--                       head              "latest first won counted": the number of its newest run (1 … latest
+--                                         are all there); the number of the event of its first claim, its
+--                                         place in the lists; the newest run that had its effect (success or
+--                                         late success); "run:time …" of the successes that are not released
+--                       owner:<token>     the run of that claim, where it is not the newest
 --                       <run>:row         JSON object of strings: tool wf caller owner started lease
 --                                         status ended closed_by released forced late late_at
 --                       <run>:<text>      key args matched result error trace, byte for byte as they came
@@ -57,7 +57,7 @@ end
 
 -- ── one call ──────────────────────────────────────────────────────────────────────────
 
-local call, key, latest, first, won, counted
+local call, key, latest, first, won, counted    -- the last four: see `head` above
 local pending = {}                              -- fields and values of the call that wait for one HSET
 
 local function set(field, value)
@@ -76,13 +76,21 @@ local function write()
   end
 end
 
--- look at a call; the run of the claim with that token, if there is one
+-- look at a call; the run of the claim with that token, if it is an older one
 local function open(name, token)
   call, key = name, prefix .. 'call:' .. name
-  local found = redis.call('HMGET', key, 'latest', 'first', 'won', 'counted', 'owner:' .. (token or ''))
-  latest, first, won = tonumber(found[1]) or 0, found[2], tonumber(found[3]) or 0
-  counted = found[4] or ''
-  return found[5] and tonumber(found[5])
+  local found = redis.call('HMGET', key, 'head', 'owner:' .. (token or ''))
+  if not found[1] then
+    latest, first, won, counted = 0, nil, 0, ''
+    return nil
+  end
+  latest, first, won, counted = string.match(found[1], '^(%d+) (%d+) (%d+) (.*)$')
+  latest, won = tonumber(latest), tonumber(won)
+  return found[2] and tonumber(found[2]) or nil
+end
+
+local function set_head()
+  set('head', latest .. ' ' .. first .. ' ' .. won .. ' ' .. counted)
 end
 
 local function read(run)
@@ -141,9 +149,10 @@ local function note(kind, run, row, n, detail)
   return seq
 end
 
--- the successes of `counted` that are younger than the horizon, oldest run first
-local function successes(horizon)
+-- the runs of `counted` that are younger than ttl ('': all), oldest first
+local function successes(ttl)
   local found = {}
+  local horizon = ttl == '' and -1 or now - tonumber(ttl)
   for run, time in string.gmatch(counted, '(%d+):(%d+)') do
     if tonumber(time) > horizon then
       found[#found + 1] = tonumber(run)
@@ -168,7 +177,6 @@ local function recount(changed, since)
     end
   end
   counted = table.concat(kept, ' ')
-  set('counted', counted)
 end
 
 -- change a row and all that is derived from it; false takes a value away
@@ -182,12 +190,12 @@ local function move(run, row, change, detail)
     row[name] = value or nil
   end
   set(run .. ':row', cjson.encode(row))
-  if counts_since(row) ~= counted_before then
-    recount(run, counts_since(row))
-  end
   if had_effect(row) and not won_before then
     won = math.max(won, run)
-    set('won', won)
+  end
+  if counts_since(row) ~= counted_before then
+    recount(run, counts_since(row))
+    set_head()
   end
   write()
   if had_effect(row) and not won_before then
@@ -225,10 +233,6 @@ local function granted(run, row, anchor, closed)
   return 'granted ' .. anchor .. ' ' .. run .. ' ' .. row.started .. '\n' .. (closed or '')
 end
 
-local function horizon_of(ttl)
-  return ttl == '' and -1 or now - tonumber(ttl)
-end
-
 -- whether a parameter named in match= is not what it was
 local function mismatch(theirs, ours)
   if not (theirs and ours) or theirs == ours then return false end
@@ -256,7 +260,7 @@ end
 
 -- why no run may start: the kind of the refusal and the run that it is about
 local function refusal(last, max, ttl, on_doubt, answered, matched)
-  local found = successes(horizon_of(ttl))
+  local found = successes(ttl)
   if #found >= tonumber(max) then
     return 'done', found[#found]
   end
@@ -269,6 +273,13 @@ local function refusal(last, max, ttl, on_doubt, answered, matched)
     end
   end
   return nil
+end
+
+-- the same claim again: the reply to it was lost
+local function repeated(run, row, lease)
+  if row.status ~= 'running' then return told('lost', run, won + 1) end
+  move(run, row, {lease = lease})
+  return granted(run, row, won + 1)
 end
 
 -- takeover: close what is still open, and answer or pass over a doubt; true if it was closed as in doubt
@@ -290,60 +301,45 @@ local function close(last, token, answered, forced)
 end
 
 local function insert(run, row, given)
-  set('latest', run)
-  set('owner:' .. row.owner, run)
   set_texts(run, given)
   local seq = note('claimed', run, row, 1)
   if not first then
     first = seq
-    set('first', first)
     redis.call('ZADD', prefix .. 'calls', first, call)
     redis.call('ZADD', prefix .. 'calls:' .. row.wf, first, call)
     add('actions', row.tool, 1)
   end
+  set_head()
   write()
   add('claims', row.tool, 1)
 end
 
 local function claim(name, token, tool, wf, caller, max, ttl, lease, on_doubt, forced, seen_run, seen_owner, ...)
   local given = {...}
-  local mine = open(name, token)
-  local until_then = as_text(now + lease)
-  if mine then                                  -- the reply to my claim was lost
-    local row = read(mine)
-    if row.status ~= 'running' then
-      return told('lost', mine, won + 1)
-    end
-    move(mine, row, {lease = until_then})
-    return granted(mine, row, won + 1)
-  end
+  local older = open(name, token)
   local last = latest > 0 and read(latest)
-    forced = forced == '1'
+  lease = as_text(now + lease)
+  if older then return repeated(older, read(older), lease) end
+  if last and last.owner == token then return repeated(latest, last, lease) end
+  if last and lives(last) then return told('live', latest) end
   local answered = last and tonumber(seen_run) == latest and last.owner == seen_owner
-  if last then
-    if lives(last) then
-      return told('live', latest)
-    end
-    local kind, run
-    if not forced then
-      kind, run = refusal(last, max, ttl, on_doubt, answered, given_as('matched', given))
-    end
-    if kind then
-      return told(kind, run)
-    end
+  if last and forced == '0' then
+    local kind, run = refusal(last, max, ttl, on_doubt, answered, given_as('matched', given))
+    if kind then return told(kind, run) end
   end
   local run, anchor = latest + 1, won + 1
-  local row = {tool = tool, wf = wf, caller = caller, owner = token, started = as_text(now),
-    lease = until_then, status = 'running', forced = forced and '1' or nil}
-  -- the claim itself; everything else waits behind it
+  local row = {tool = tool, wf = wf, caller = caller, owner = token, started = as_text(now), lease = lease,
+    status = 'running', forced = forced == '1' and '1' or nil}
+  -- the claim itself, before all that goes with it
   if redis.call('HSETNX', key, run .. ':row', cjson.encode(row)) == 0 then
     return redis.error_reply('LEDGER run ' .. run .. ' of call ' .. call .. ' is there although the newest is '
       .. latest .. ': its key was changed by somebody else')
   end
   local stood, closed
   if last then
-    closed = close(last, token, answered, forced) and shown(latest)
+    closed = close(last, token, answered, forced == '1') and shown(latest)
     stood = end_of(last)
+    set('owner:' .. last.owner, latest)
   end
   latest = run
   insert(run, row, given)
@@ -373,9 +369,9 @@ end
 
 local function settle(name, token, ending, ...)
   local given = {...}
-  local run = open(name, token)
-  if not run then return told('gone') end
-  local row = read(run)
+  local run = open(name, token) or latest
+  local row = run > 0 and read(run)
+  if not row or row.owner ~= token then return told('gone') end
   if row.closed_by == token then                -- the reply to my own settle was lost
     return told('settled', run)
   end
@@ -390,9 +386,9 @@ local function settle(name, token, ending, ...)
 end
 
 local function renew(name, token, run, lease)
-  if open(name, token) ~= tonumber(run) then return told('lost') end
-  local row = read(latest)
-  if row.owner ~= token or row.status ~= 'running' then return told('lost') end
+  open(name)
+  local row = latest == tonumber(run) and read(latest)      -- an older run is not open
+  if not row or row.owner ~= token or row.status ~= 'running' then return told('lost') end
   move(latest, row, {lease = as_text(now + lease)})
   return told('renewed')
 end
@@ -467,7 +463,7 @@ local function release(name, token, seen_run, seen_owner, max, ttl, why)
   local last, refused = seen(name, seen_run, seen_owner)
   if not last then return refused end
   local before = {}
-  for _, run in ipairs(successes(horizon_of(ttl))) do
+  for _, run in ipairs(successes(ttl)) do
     if run < latest then
       before[#before + 1] = run
     end

@@ -31,10 +31,10 @@ import json
 import os
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from importlib import resources
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import redis
@@ -43,6 +43,7 @@ import ledger
 from ledger import Claim, Clock, Now, Op, Record, Run, StoreError, UsageError, Verdict
 from ledger_stores.base import ServerStore, _summed, without_password
 
+T = TypeVar("T")
 _SCHEMA_VERSION = 1
 #: how long an operation is repeated after its connection was lost
 _RETRY_SECONDS = 5.0
@@ -96,11 +97,12 @@ class RedisStore(ServerStore):
         self.replicas = int(self._options.get("replicas", replicas))
         self._sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
         self._prefix = f"{{{self.namespace}}}:"
+        self._meta = f"{self._prefix}meta"
         self._warned = False
 
     def _begin(self) -> None:
         super()._begin()
-        self._pool: redis.ConnectionPool | None = None
+        self._connections: _Connections | None = None
         self._id = b""
         self._offset = 0.0
         self._offset_at = 0.0
@@ -109,53 +111,53 @@ class RedisStore(ServerStore):
 
     # -- connections --
 
-    def _opened(self) -> redis.ConnectionPool:
-        pool = self._pool
-        if pool is None:
+    def _opened(self) -> _Connections:
+        connections = self._connections
+        if connections is None:
             with self._opening:
-                pool = self._pool or self._open()
-                self._pool = pool
-        return pool
+                connections = self._connections or self._open()
+                self._connections = connections
+        return connections
 
-    def _open(self) -> redis.ConnectionPool:
+    def _open(self) -> _Connections:
         """Look at the server and begin the ledger there; what refuses is an error at once."""
-        pool = self._connections(min(_CONNECT_SECONDS, self._patience))
+        first = self._connect(min(_CONNECT_SECONDS, self._patience))
         try:
-            self._judge_server(_exchange(pool, ("INFO",))[0])
+            self._judge_server(first.use(_exchange, [("INFO",)])[0])
             about = json.dumps(ledger._me()[1:])
             words = ("open", _SCHEMA_VERSION, os.urandom(8).hex(), ledger._me().id, about)
-            found = _exchange(pool, self._eval(*words))[0]
+            [[version, self._id]] = first.use(_exchange, [self._eval(*words)])
         except redis.RedisError as error:
             raise self._translated(error) from error
         finally:
-            pool.disconnect()
-        if int(found[0]) > _SCHEMA_VERSION:
+            first.close()
+        if int(version) > _SCHEMA_VERSION:
             raise StoreError(
                 f"{without_password(self.url)}: namespace {self.namespace} was written by a newer Ledger "
-                f"(version {int(found[0])}, this one knows {_SCHEMA_VERSION}); nothing ran. Upgrade "
+                f"(version {int(version)}, this one knows {_SCHEMA_VERSION}); nothing ran. Upgrade "
                 "ledger-guard here"
             )
-        self._id = found[1]
-        return self._connections(self._patience)
+        return self._connect(self._patience)
 
     @property
     def _patience(self) -> float:
         """How long one answer may take."""
         return max(1.0, self.lock_seconds)
 
-    def _connections(self, seconds: float) -> redis.ConnectionPool:
+    def _connect(self, seconds: float) -> _Connections:
+        """Connections whose answers may take that long; none is made yet."""
         try:
-            return redis.ConnectionPool.from_url(
+            pool = redis.ConnectionPool.from_url(
                 self._address,
                 max_connections=1000,
                 socket_timeout=seconds,
                 socket_connect_timeout=min(_CONNECT_SECONDS, seconds),
                 socket_keepalive=True,
-                encoding_errors="surrogatepass",
                 protocol=2,
             )
         except (TypeError, ValueError) as error:
             raise UsageError(f"{without_password(self.url)} cannot be used: {error}") from None
+        return _Connections(pool)
 
     def _judge_server(self, told: bytes) -> None:
         """Refuse a server that may evict keys; warn, once, of what a restart would lose."""
@@ -192,7 +194,7 @@ class RedisStore(ServerStore):
     # -- one round trip --
 
     def _eval(self, *words: Any) -> tuple[Any, ...]:
-        return ("EVAL", self.source, 1, f"{self._prefix}meta", *words)
+        return ("EVAL", self.source, 1, self._meta, *words)
 
     def _ask(self, *words: Any, replicas: int = 0) -> Any:
         """What the script answers to an operation: one round trip, and one more to wait for replicas.
@@ -215,40 +217,39 @@ class RedisStore(ServerStore):
             )
         return reply
 
-    def _insist(self, perform: Any, *values: Any) -> Any:
+    def _insist(self, perform: Callable[..., T], *values: Any) -> T:
         """Do it, again if the connection breaks; every error of the driver is a `StoreError`."""
-        limit = time.monotonic() + _RETRY_SECONDS
+        limit, pause = time.monotonic() + _RETRY_SECONDS, 0.0
         while True:
-            pool = self._opened()
+            connections = self._opened()
             try:
-                return perform(pool, *values)
+                return connections.use(perform, *values)
             except _LOST as error:
                 if isinstance(error, _REFUSED) or time.monotonic() > limit:
                     raise self._translated(error) from error
-                time.sleep(0.05)
+                time.sleep(pause)  # none at first: the server may have closed what was idle
+                pause = 0.05
             except redis.RedisError as error:
                 raise self._translated(error) from error
 
-    def _run_script(self, words: tuple[Any, ...], replicas: int) -> tuple[Any, int]:
+    def _run_script(self, connection: Any, words: tuple[Any, ...], replicas: int) -> tuple[Any, int]:
         """The script's reply, and how many replicas have what it wrote."""
         name, *rest = words
         have = replicas
-        with self._connection() as connection:
-            connection.send(b"EVALSHA", self._sha, 1, self._meta, name, self._id, *rest)
-            try:
-                reply = connection.read()
-            except redis.exceptions.NoScriptError:  # the server is new, or its scripts were flushed
-                connection.send(*self._eval(name, self._id, *rest))
-                reply = connection.read()
-            if replicas and _kind_of(reply) in _WROTE:  # on the connection that wrote
-                connection.send(b"WAIT", replicas, int(min(_CONNECT_SECONDS, self._patience) * 900))
-                have = connection.read()
+        _send(connection, ("EVALSHA", self._sha, 1, self._meta, name, self._id, *rest))
+        try:
+            reply = connection.read_response()
+        except redis.exceptions.NoScriptError:  # the server is new, or its scripts were flushed
+            _send(connection, self._eval(name, self._id, *rest))
+            reply = connection.read_response()
+        if replicas and _kind_of(reply) in _WROTE:  # on the connection that wrote
+            _send(connection, ("WAIT", replicas, int(min(_CONNECT_SECONDS, self._patience) * 900)))
+            have = connection.read_response()
         return reply, have
 
     def _look(self, *commands: tuple[Any, ...]) -> list[Any]:
         """What the server answers to these commands, none of which writes: one round trip."""
-        found: list[Any] = self._insist(_exchange, *commands)
-        return found
+        return self._insist(_exchange, commands)
 
     # -- operations --
 
@@ -278,12 +279,15 @@ class RedisStore(ServerStore):
             return ("resolve", *op[:4], int(op.done), int(op.reconciled), op.why, *result)
         return ("reset", op.call, self._by_server(op.asked))
 
-    def _verdict(self, op: Op, reply: list[Any]) -> Verdict:
-        kind, anchor, row, closed, run, started = reply + [None] * (6 - len(reply))
-        found = _run_from(op.call, row) if row else None
-        if isinstance(op, Claim) and run is not None:  # who asks knows the rest
-            found = op.first_row(int(started), -op.lease)._replace(run=run)
-        return Verdict(kind.decode(), found, _run_from(op.call, closed) if closed else None, anchor)
+    def _verdict(self, op: Op, reply: bytes) -> Verdict:
+        head, _, shown = reply.partition(b"\n")
+        kind, anchor, *mine = head.decode().split(" ")
+        row = _run_from(op.call, shown) if shown else None
+        if not mine:
+            return Verdict(kind, row, None, int(anchor))
+        assert isinstance(op, Claim)  # noqa: S101 - only a claim is granted, and who asks knows the rest
+        run, started = map(int, mine)
+        return Verdict(kind, op.first_row(started, -op.lease)._replace(run=run), row, int(anchor))
 
     def _by_server(self, asked: int) -> int:
         """A time of the caller's clock, as the server's clock says it."""
@@ -301,10 +305,10 @@ class RedisStore(ServerStore):
         while True:
             kind, *found = self._ask("reset_scope", *scope, asked, after, _FORGET, replicas=self.replicas)
             if kind == b"live":
-                raise ledger._busy_reset(self.describe([_run_from(_text(found[3]), found[1])]))
+                raise ledger._busy_reset(self.describe([_run_from(_text(found[0]), found[1])]))
             if kind == b"reset":
                 return
-            after = found[3]
+            after = found[0]
 
     # -- counting: each batch once, whatever becomes of the reply --
 
@@ -447,12 +451,12 @@ class RedisStore(ServerStore):
         """Finish what is pending and close the connections; they open again when the store is used again."""
         super().close()
         with self._opening:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.disconnect()
+            connections, self._connections = self._connections, None
+        if connections is not None:
+            connections.close()
 
     def _abandon(self) -> None:
-        self._pool = None
+        self._connections = None
 
 
 def _own_options(url: str) -> tuple[dict[str, str], str]:
@@ -466,39 +470,75 @@ def _own_options(url: str) -> tuple[dict[str, str], str]:
     return own, urlunsplit(parts._replace(query=rest))
 
 
-@contextmanager
-def _connection(pool: redis.ConnectionPool) -> Iterator[tuple[Callable[..., Any], Callable[[], Any]]]:
-    """How to send a command on a connection of the pool, and how to read the answer."""
-    connection: Any = pool.get_connection()
-    try:
-        yield connection.send_command, connection.read_response
-    except redis.ReadOnlyError:
-        connection.disconnect()  # the address may mean another server by now
-        raise
-    except redis.ResponseError:
-        raise
-    except BaseException:
-        connection.disconnect()  # an answer that was not read must not meet the next question
-        raise
-    finally:
-        pool.release(connection)
+class _Connections:
+    """Connections of one process, for any number of threads.
+
+    The driver's pool makes and counts them; between two uses they wait here, because to give one
+    back to the pool and get it again costs as much as half a round trip.
+    """
+
+    def __init__(self, pool: redis.ConnectionPool) -> None:
+        self._pool = pool
+        self._idle: deque[Any] = deque()
+
+    def use(self, perform: Callable[..., T], *values: Any) -> T:
+        """`perform(connection, …)`, which reads an answer for each command that it sends."""
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._pool.get_connection()
+        try:
+            return perform(connection, *values)
+        except redis.ResponseError as error:
+            if isinstance(error, redis.ReadOnlyError):  # the address may mean another server by now
+                connection.disconnect()
+            raise
+        except BaseException:
+            connection.disconnect()  # an answer that was not read must not meet the next question
+            raise
+        finally:
+            self._idle.append(connection)
+
+    def close(self) -> None:
+        """Close all, also those in use."""
+        self._pool.disconnect()
 
 
-def _exchange(pool: redis.ConnectionPool, *commands: tuple[Any, ...]) -> list[Any]:
+def _packed(words: Sequence[Any]) -> bytes:
+    """Words as the server reads them; the driver's own packing takes longer than the server's work."""
+    parts = []
+    for word in words:
+        if isinstance(word, str):
+            data = word.encode("utf-8", "surrogatepass")
+        else:
+            data = word if isinstance(word, bytes) else b"%d" % word
+        parts += (b"$%d\r\n" % len(data), data, b"\r\n")
+    return b"".join(parts)
+
+
+def _send(connection: Any, *commands: Sequence[Any]) -> None:
+    """Send commands at once."""
+    packed = [b"*%d\r\n%s" % (len(words), _packed(words)) for words in commands]
+    connection.send_packed_command(packed if len(packed) == 1 else [b"".join(packed)])
+
+
+def _exchange(connection: Any, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
     """Send all commands, then read all answers; the first error among them is raised in the end."""
+    _send(connection, *commands)
     found: list[Any] = []
-    with _connection(pool) as (send, read):
-        for command in commands:
-            send(*command)
-        for _ in commands:
-            try:
-                found.append(read())
-            except redis.ResponseError as error:
-                found.append(error)
+    for _ in commands:
+        try:
+            found.append(connection.read_response())
+        except redis.ResponseError as error:
+            found.append(error)
     for answer in found:
         if isinstance(answer, redis.ResponseError):
             raise answer
     return found
+
+
+def _kind_of(reply: Any) -> Any:
+    return reply[0] if isinstance(reply, list) else reply.partition(b" ")[0].partition(b"\n")[0]
 
 
 def _given(**texts: str | None) -> Iterator[str]:
@@ -525,13 +565,23 @@ def _pairs(flat: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
     return zip(flat[::2], flat[1::2], strict=True)
 
 
-def _run_from(call: str, shown: Sequence[Any]) -> Run:
-    """A run as the script shows it: its number, its row and its texts."""
-    number, (row, key, args, matched, result, error, trace, blocked) = shown
-    told = json.loads(row)
+def _run_from(call: str, shown: bytes) -> Run:
+    """A run as the script shows it: its number and the lengths of its texts on a line, then these."""
+    number, *sizes = map(int, shown[: (place := shown.index(b"\n"))].split(b" "))
+    place += 1
+    texts: list[bytes | None] = []
+    for size in sizes:
+        texts.append(None if size < 0 else shown[place : place + size])
+        place += max(size, 0)
+    return _run_of(call, number, texts)
+
+
+def _run_of(call: str, number: int, texts: Sequence[bytes | None]) -> Run:
+    row, key, args, matched, result, error, trace, blocked = texts
+    told = json.loads(row or b"{}")
     ended, late_at = told.get("ended"), told.get("late_at")
     return Run(
-        call, int(number), told["tool"], told["wf"], told["caller"], told["owner"], _or_none(key),
+        call, number, told["tool"], told["wf"], told["caller"], told["owner"], _or_none(key),
         _or_none(args), _or_none(matched), int(told["started"]), int(told["lease"]), 0, told["status"],
         _or_none(result), _or_none(error), _or_none(trace), ended and int(ended), told.get("closed_by"),
         int(told.get("released", 0)), int(told.get("forced", 0)), told.get("late"), late_at and int(late_at),
@@ -542,8 +592,8 @@ def _run_from(call: str, shown: Sequence[Any]) -> Run:
 def _rows_from(call: str, flat: Sequence[bytes]) -> list[Run]:
     """All runs in the hash of a call, oldest first."""
     found = dict(_pairs(flat))
-    runs = range(1, int(found.get(b"latest", 0)) + 1)
-    return [_run_from(call, (n, [found.get(b"%d:%s" % (n, name)) for name in _SHOWN])) for n in runs]
+    runs = range(1, int(found.get(b"head", b"0").partition(b" ")[0]) + 1)
+    return [_run_of(call, n, [found.get(b"%d:%s" % (n, name)) for name in _SHOWN]) for n in runs]
 
 
 def _tally_from(call: str, flat: Sequence[bytes]) -> Record:

@@ -240,6 +240,31 @@ def test_a_failed_call_shows_its_traceback(client: httpx.Client) -> None:
     assert "Traceback (most recent call last)" in html
 
 
+def test_a_huge_value_is_shown_in_part(stage: Stage) -> None:
+    """Long texts, long lists and deep nesting are cut in the page, which says so; the API has all."""
+    stage.start(
+        """
+def keep(text, items, deep): return text
+deep = []
+for _ in range(150):
+    deep = [deep]
+guard(keep, "x" * 100_000, list(range(5_000)), deep)
+guard.close()
+"""
+    ).ends_well()
+    with serving(stage.db) as server, httpx.Client(base_url=server.url) as client:
+        [call] = calls_of(client)
+        html = client.get(f"/calls/{call['call']}").text
+        listed = client.get("/calls").text
+
+    assert 5_000 == len(call["args"]["items"])
+    assert len(html) < 300_000
+    assert len(listed) < 20_000
+    assert "92,000 more characters" in html
+    assert "4,800 more" in html
+    assert "nested too deeply" in html
+
+
 def test_csv_has_all_calls_and_no_formula(stage: Stage) -> None:
     """The export is a table of every call of the filter, and a cell that begins like a formula is defused."""
     stage.start(

@@ -15,7 +15,7 @@ import ledger
 from ledger_ops.values import clock, iso, printable, span, state_of
 
 #: how much of a recorded value a page shows; the API gives all of it
-_MOST_NODES, _MOST_LEVELS, _LONGEST_TEXT = 1_000, 24, 8_000
+_MOST_NODES, _MOST_PARTS, _MOST_LEVELS, _LONGEST_TEXT = 1_000, 200, 24, 8_000
 _SHOWN_SUMMARY = 160
 #: what a secret is recorded as
 _MASK = "****"
@@ -117,7 +117,7 @@ def arguments(text: str | None) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, dict) and "$" in value and "v" in value:
-        return _plain(value["v"])
+        value = value["v"]
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -150,7 +150,7 @@ def tree(text: str | None) -> Node | None:
 
 def _node(name: str | None, value: Any, left: list[int], level: int) -> Node:
     left[0] -= 1
-    if isinstance(value, dict) and isinstance(value.get("$"), str) and "v" in value:
+    if isinstance(value, dict) and isinstance(value.get("$"), str) and "v" in value and level < _MOST_LEVELS:
         return _packed(name, value, left, level)
     if isinstance(value, dict):
         return _branch(name, "object", [(str(k), v) for k, v in value.items()], "{}", left, level)
@@ -165,7 +165,7 @@ def _node(name: str | None, value: Any, left: list[int], level: int) -> Node:
 def _packed(name: str | None, value: dict[str, Any], left: list[int], level: int) -> Node:
     """A value that JSON lacks, as the ledger writes it: its kind, then what it holds."""
     kind = str(value.get("t") or value["$"]).rpartition(".")[2][:80]
-    inner = _node(None, value["v"], left, level)
+    inner = _node(None, value["v"], left, level + 1)
     return inner._replace(name=name, tag=f"{kind} {inner.tag}".strip())
 
 
@@ -178,7 +178,7 @@ def _branch(
     if level >= _MOST_LEVELS:
         return Node(name, kind, count, more="nested too deeply to show here")
     made = []
-    for part_name, part in parts:
+    for part_name, part in parts[:_MOST_PARTS]:
         if left[0] <= 0:
             break
         made.append(_node(part_name[:_SHOWN_SUMMARY], part, left, level + 1))
