@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ _EVENT_COLUMNS = "seq, call, run, kind, at, tool, wf, caller, n, detail"
 #: a call stands where its latest run stands
 _LATEST = "NOT EXISTS (SELECT 1 FROM runs AS l WHERE l.call = r.call AND l.run > r.run)"
 _FIRST = "(r.run = 1 OR NOT EXISTS (SELECT 1 FROM runs AS f WHERE f.call = r.call AND f.run < r.run))"
-_FIRST_WINDOW, _LAST_WINDOW = 5_000, 80_000
+_FIRST_WINDOW, _SEARCH_WINDOW, _LAST_WINDOW = 5_000, 20_000, 80_000
 #: how far the clocks of two writers may differ before a timeline misses an event
 _CLOCK_SLACK = 3_600_000_000
 
@@ -132,7 +133,7 @@ class Reader:
             before = self._next_window(wanted, floor, before, len(records))
             if before > 1 and deadline is not None and time.monotonic() > deadline:
                 return Page(records, f"r{before}", complete=False, reached=self._started_at(before))
-            window = min(window * 2, _LAST_WINDOW)
+            window = min(window * 2, _LAST_WINDOW if deadline is None else _SEARCH_WINDOW)
         return self._tally_page(records, wanted, limit - len(records), "", complete=True)
 
     def from_the_oldest(self, wanted: Filter = Filter()) -> Iterator[Record]:  # noqa: B008 - frozen
@@ -206,7 +207,7 @@ class Reader:
         if record is None:  # reset a moment ago
             raise NoSuchCall(f"no call begins with {prefix}; `ledger show` lists them")
         runs = self.store.rows(call)
-        events, complete = self._events_of(record, seconds)
+        events, complete = self._events_of(record, runs, seconds)
         return Detail(record, runs, events, self.verdict(record, runs), complete)
 
     def record(self, call: str) -> Record | None:
@@ -256,8 +257,8 @@ class Reader:
         running = f"SELECT {_COLUMNS} FROM runs AS r WHERE r.status = 'running'{where}"
         rows = self.store.browse(doubtful, values) + self.store.browse(running, values)
         records = (self._describe(run) for run in sorted(map(Run._make, rows), key=lambda run: run.started))
-        found = [record for record in records if record.in_doubt and state_of(record) == "in_doubt"]
-        return found[:limit]
+        waiting = (record for record in records if record.in_doubt and state_of(record) == "in_doubt")
+        return list(itertools.islice(waiting, limit))
 
     def running(self) -> list[Record]:
         """Calls whose latest run is alive, oldest first."""
@@ -294,17 +295,24 @@ class Reader:
         """The number of the newest event, 0 if there is none."""
         return int(self.store.browse("SELECT COALESCE(MAX(seq), 0) FROM events")[0][0])
 
-    def _events_of(self, record: Record, seconds: float | None) -> tuple[list[Event], bool]:
-        """The events of one call: there is no index for them, their time says where to look."""
+    def _events_of(
+        self, record: Record, runs: Sequence[Run], seconds: float | None
+    ) -> tuple[list[Event], bool]:
+        """The events of one call, and whether that is all of them.
+
+        There is no index for them: their time says where to look, and the rows say when all are found.
+        """
         deadline = None if seconds is None else time.monotonic() + seconds
         after = self._seq_at(record.created - _CLOCK_SLACK) - 1
         last = self.last_seq()
         found: list[Event] = []
         while after < last:
-            upto = self._seq_after(after, _LAST_WINDOW) or last
+            upto = self._seq_after(after, _SEARCH_WINDOW) or last
             sql = f"SELECT {_EVENT_COLUMNS} FROM events WHERE seq > ? AND seq <= ? AND call = ? ORDER BY seq"
             found += [Event(*row) for row in self.store.browse(sql, (after, upto, record.call))]
             after = upto
+            if _are_all(found, record, runs):
+                break
             if after < last and deadline is not None and time.monotonic() > deadline:
                 return found, False
         return found, True
@@ -417,6 +425,19 @@ class Reader:
         found = [ledger._record_of_tally(row) for row in rows]
         cursor = f"t{found[-1].call}" if found and len(found) == limit else None
         return Page(records + found, cursor, complete)
+
+
+def _are_all(events: Sequence[Event], record: Record, runs: Sequence[Run]) -> bool:
+    """Whether every run and every blocked attempt has its event; what was released or late may have more."""
+    told = {(event.run, event.kind) for event in events}
+    blocked = sum(event.n for event in events if event.kind == "blocked")
+    return blocked == record.blocked and all(
+        (run.run, "claimed") in told
+        and (run.run, run.status) in told
+        and not run.released
+        and run.late is None
+        for run in runs
+    )
 
 
 def _cursor(cursor: str | None) -> tuple[str, str]:

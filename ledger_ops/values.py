@@ -253,7 +253,7 @@ def decode(text: str | None) -> Any:
     """What a JSON column holds; the text itself where it is no JSON (somebody else wrote it)."""
     try:
         return None if text is None else json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

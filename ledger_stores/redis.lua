@@ -192,15 +192,14 @@ local function move(run, row, change, detail)
   set(run .. ':row', cjson.encode(row))
   if had_effect(row) and not won_before then
     won = math.max(won, run)
+    set_head()
+    add('executed', row.tool, 1)
   end
   if counts_since(row) ~= counted_before then
     recount(run, counts_since(row))
     set_head()
   end
   write()
-  if had_effect(row) and not won_before then
-    add('executed', row.tool, 1)
-  end
   if run == latest then
     stand(stood, row)
   end

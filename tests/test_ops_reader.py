@@ -270,7 +270,7 @@ def test_what_is_no_ledger_is_named_as_such(tmp_path: Path) -> None:
         open_store(tmp_path / "text.db")
     with pytest.raises(StoreError, match="database of another program"):
         open_store(tmp_path / "other.db")
-    for url, why in (("memory://", "own process"), ("mysql://x/y", "no store for mysql")):
+    for url, why in (("memory://", "own process"), ("mysql://x/y", "is no file")):
         with pytest.raises(UsageError, match=why):
             open_store(url)
     assert 0 == (tmp_path / "empty.db").stat().st_size

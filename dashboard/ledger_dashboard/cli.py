@@ -16,7 +16,7 @@ import uvicorn
 from ledger import LedgerError
 from ledger_dashboard.app import CHANGING, create_app
 from ledger_dashboard.security import EVERYWHERE, hosts_for, is_loopback
-from ledger_ops.reader import open_store
+from ledger_ops.reader import open_ledger
 
 _STOP_SECONDS = 2
 
@@ -34,7 +34,7 @@ def run(argv: Sequence[str] | None) -> int:
             "ledger and change it; add --token TOKEN (a long random one), or leave --host out"
         )
     try:
-        open_store(asked.db).close()
+        open_ledger(asked.db).close()
     except LedgerError as error:
         return _fail(str(error))
     try:

@@ -19,7 +19,7 @@ from ledger_dashboard.query import FIELDS, count_of, filter_of, range_of, text_o
 from ledger_dashboard.render import link, render, short_names
 from ledger_dashboard.security import set_cookie, visitor_of
 from ledger_dashboard.source import SELDOM, Opened
-from ledger_ops.values import Detail, Filter, clock
+from ledger_ops.values import Filter, clock
 
 _CALLS, _MOST_CALLS, _DOUBTS, _EVENTS, _TIMELINE = 50, 150, 50, 100, 500
 #: how long the events of one call are looked for when a person asks for all
@@ -74,7 +74,7 @@ async def get_call(request: Request) -> Response:
     def gather() -> dict[str, Any]:
         found = opened.reader.call(request.path_params["call"], seconds=seconds)
         return {
-            "is_complete": found.complete or _is_accounted_for(found),
+            "is_complete": found.complete,
             "found": found,
             "record": found.record,
             "name": found.record.short,
@@ -85,19 +85,6 @@ async def get_call(request: Request) -> Response:
         }
 
     return await _answer(request, "call", opened, gather)
-
-
-def _is_accounted_for(found: Detail) -> bool:
-    """Whether the runs and the counts have an event each: what was not searched has no more then."""
-    told = {(event.run, event.kind) for event in found.events}
-    blocked = sum(event.n for event in found.events if event.kind == "blocked")
-    return blocked == found.record.blocked and all(
-        (run.run, "claimed") in told
-        and (run.status == "running" or (run.run, run.status) in told)
-        and not run.released
-        and run.late is None
-        for run in found.runs
-    )
 
 
 async def get_live(request: Request) -> Response:

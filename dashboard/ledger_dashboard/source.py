@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from ledger import LedgerError
-from ledger_ops.reader import Reader, open_store
+from ledger_ops.reader import Reader, open_ledger
 from ledger_ops.rollup import Rollup
 from ledger_ops.values import Stats
 
@@ -21,12 +21,12 @@ class Opened:
     """One file, as long as it is the one that was opened. Safe under threads."""
 
     def __init__(self, url: str | None) -> None:
-        store = open_store(url)
-        self.path = store.path
-        self.identity = _identity(store.path)
+        store = open_ledger(url)
+        self.address = store.address
+        self.identity = _identity(self.address)
         self.reader = Reader(store)
         # its own connections: counting a big file must not make pages wait for each other's lock
-        self.rollup = Rollup(Reader(open_store(url)))
+        self.rollup = Rollup(Reader(open_ledger(url)))
         self._stats: Stats | None = None
         self._stats_at = self._stats_cost = 0.0
         self._stats_lock = threading.Lock()
@@ -36,7 +36,7 @@ class Opened:
 
     def is_current(self) -> bool:
         """Whether the file is still the one that was opened; SQLite itself would read on a deleted one."""
-        return self.identity == _identity(self.path)
+        return self.identity == _identity(self.address)
 
     def stats(self, reuse: int = OFTEN) -> Stats:
         """Sums of all calls; those of before are used again for `reuse` times what they cost."""
@@ -95,7 +95,7 @@ class Source:
     def name(self) -> str:
         """The file's name, for people."""
         opened = self._opened
-        return Path(opened.path if opened else self.url or "ledger.db").name
+        return Path(opened.address if opened else self.url or "ledger.db").name
 
     def opened(self) -> Opened:
         """The ledger as it is now; raises `StoreError` while there is none that can be read."""

