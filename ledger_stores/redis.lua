@@ -51,6 +51,14 @@ if operation ~= 'open' and redis.call('HGET', meta, 'id') ~= ARGV[2] then
 end
 local now = server_time()
 
+-- what an operation returns; an error of the server keeps its code, which Redis 6 would bury in a text
+local function answer(perform)
+  local ok, reply = pcall(perform, unpack(ARGV, 3, math.min(#ARGV, 100)))    -- unpack has a limit
+  if ok then return reply end
+  local told = type(reply) == 'table' and reply.err or reply
+  return redis.error_reply(string.match(told, '^@user_script: %d+: %-(.+)$') or told)
+end
+
 local function as_text(number)
   return string.format('%.0f', number)
 end
@@ -346,7 +354,7 @@ local function claim(name, token, tool, wf, caller, max, ttl, lease, on_doubt, f
   return granted(run, row, anchor, closed)
 end
 
-if operation == 'claim' then return claim(unpack(ARGV, 3)) end
+if operation == 'claim' then return answer(claim) end
 
 -- ── settle, renew ─────────────────────────────────────────────────────────────────────
 
@@ -361,6 +369,8 @@ local function late(run, row, ending, result, err)
   end
   if err and (not told[2] or told[2] == '') then
     set(run .. ':error', err)
+  elseif told[2] == '' then
+    redis.call('HDEL', key, run .. ':error')
   end
   move(run, row, {late = ending, late_at = as_text(now)})
   note('late', run, row, ending == 'success' and 1 or 0, ending)
@@ -392,8 +402,8 @@ local function renew(name, token, run, lease)
   return told('renewed')
 end
 
-if operation == 'settle' then return settle(unpack(ARGV, 3)) end
-if operation == 'renew' then return renew(unpack(ARGV, 3)) end
+if operation == 'settle' then return answer(settle) end
+if operation == 'renew' then return answer(renew) end
 
 -- ── counting ──────────────────────────────────────────────────────────────────────────
 
@@ -423,7 +433,8 @@ local function count_tally(tool, wf, caller, args, err, kind, times, run)
 end
 
 -- one batch of a process, once however often it is sent: call run kind tool wf caller args error n, …
-local function count(process, batch)
+local function count()
+  local process, batch = ARGV[3], ARGV[4]       -- the items are too many for parameters
   if tonumber(redis.call('HGET', prefix .. 'batches', process) or 0) >= tonumber(batch) then
     return told('counted')
   end
@@ -444,7 +455,7 @@ local function count(process, batch)
   return told('counted')
 end
 
-if operation == 'count' then return count(ARGV[3], ARGV[4]) end      -- too many values to unpack
+if operation == 'count' then return answer(count) end
 
 -- ── release, resolve, reset ───────────────────────────────────────────────────────────
 
@@ -527,9 +538,9 @@ local function reset(name, asked)
   return told('reset')
 end
 
-if operation == 'release' then return release(unpack(ARGV, 3)) end
-if operation == 'resolve' then return resolve(unpack(ARGV, 3)) end
-if operation == 'reset' then return reset(unpack(ARGV, 3)) end
+if operation == 'release' then return answer(release) end
+if operation == 'resolve' then return answer(resolve) end
+if operation == 'reset' then return answer(reset) end
 
 local function forget_tally(name)
   local tally = prefix .. 'tally:' .. name
@@ -602,20 +613,22 @@ local function reset_scope(scope, wf, asked, after, limit)
   return {'reset'}
 end
 
-if operation == 'reset_scope' then return reset_scope(unpack(ARGV, 3)) end
+if operation == 'reset_scope' then return answer(reset_scope) end
 
 -- ── looking ───────────────────────────────────────────────────────────────────────────
 
-if operation == 'now' then return as_text(now) end
+if operation == 'now' then
+  return as_text(now)
+end
 
 -- those of these calls that have no live run
-local function ended(...)
+local function ended()
   local found = {}
-  for _, name in ipairs({...}) do
-    open(name)
+  for i = 3, #ARGV do
+    open(ARGV[i])
     local last = latest > 0 and read(latest)
     if not last or not lives(last) then
-      found[#found + 1] = name
+      found[#found + 1] = call
     end
   end
   return found
@@ -655,18 +668,20 @@ local function last_errors()
   return found
 end
 
-if operation == 'ended' then return ended(unpack(ARGV, 3)) end
-if operation == 'totals' then return totals(unpack(ARGV, 3)) end
-if operation == 'last_errors' then return last_errors(unpack(ARGV, 3)) end
-if operation == 'check' then
+local function check()
   redis.call('HSET', meta, 'checked', as_text(now))
   return 'checked'
 end
 
+if operation == 'ended' then return answer(ended) end
+if operation == 'totals' then return answer(totals) end
+if operation == 'last_errors' then return answer(last_errors) end
+if operation == 'check' then return answer(check) end
+
 -- ── opening ───────────────────────────────────────────────────────────────────────────
 
 -- make the ledger if there is none, and say who comes: {schema, id}
-local function begin(schema, id, process, about)
+local function open_ledger(schema, id, process, about)
   if redis.call('HSETNX', meta, 'schema', schema) == 1 then
     redis.call('HSET', meta, 'id', id, 'seq', 0)
   end
@@ -677,5 +692,5 @@ local function begin(schema, id, process, about)
   return found
 end
 
-if operation == 'open' then return begin(unpack(ARGV, 2)) end
+if operation == 'open' then return answer(open_ledger) end
 return redis.error_reply('LEDGER there is no operation ' .. operation)

@@ -125,7 +125,7 @@ class RedisStore(ServerStore):
         try:
             self._judge_server(first.use(_exchange, [("INFO",)])[0])
             about = json.dumps(ledger._me()[1:])
-            words = ("open", _SCHEMA_VERSION, os.urandom(8).hex(), ledger._me().id, about)
+            words = ("open", "", _SCHEMA_VERSION, os.urandom(8).hex(), ledger._me().id, about)
             [[version, self._id]] = first.use(_exchange, [self._eval(*words)])
         except redis.RedisError as error:
             raise self._translated(error) from error

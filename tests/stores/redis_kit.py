@@ -1,4 +1,4 @@
-"""A real Redis for the tests: one server for all of them, others that may be stopped, and a clock that obeys."""
+"""A real Redis for the tests: one server for all, others to be stopped, and a clock that obeys."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import redis
 
@@ -24,7 +26,7 @@ PATIENCE = 20.0  # how long a server may take to start or to end; no speed is ju
 
 
 def executable() -> str:
-    """The server from the wheel, else the system's; the test is skipped, in CI failed, where there is none."""
+    """The server from the wheel, else the system's; without one the test is skipped, in CI failed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the wheel's own, on import
         try:
@@ -129,3 +131,50 @@ def open_redis(clock: Clock | None) -> RedisStore:
 
     clock.advance = advance  # type: ignore[attr-defined]
     return store
+
+
+class LossyWay:
+    """A way to the server on which the next answer is lost, connection and all, once `cut` is set."""
+
+    def __init__(self, server_url: str) -> None:
+        self.cut = threading.Event()
+        self._server_port = int(server_url.rpartition(":")[2])
+        self._door = socket.create_server(("127.0.0.1", 0))
+        self.url = f"redis://127.0.0.1:{self._door.getsockname()[1]}"
+        self._threads = [threading.Thread(target=self._listen)]
+        self._threads[0].start()
+
+    def _listen(self) -> None:
+        with suppress(OSError):  # the door was closed
+            while True:
+                caller = self._door.accept()[0]
+                server = socket.create_connection(("127.0.0.1", self._server_port))
+                for way in ((caller, server, None), (server, caller, self.cut)):
+                    self._threads.append(threading.Thread(target=_carry, args=way))
+                    self._threads[-1].start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _shut(self._door)
+        self._door.close()
+        for thread in self._threads:
+            thread.join(PATIENCE)
+
+
+def _carry(source: socket.socket, target: socket.socket, cut: threading.Event | None) -> None:
+    with suppress(OSError):
+        while words := source.recv(65536):
+            if cut is not None and cut.is_set():
+                cut.clear()
+                break
+            target.sendall(words)
+    _shut(source)
+    _shut(target)
+    source.close()
+
+
+def _shut(end: socket.socket) -> None:
+    with suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)

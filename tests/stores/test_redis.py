@@ -21,18 +21,8 @@ import redis
 import ledger
 from ledger import Claim, Guard, InProgress, Now, Op, Run, StoreError, UsageError
 from ledger_stores.redis import RedisStore
-from tests.stores.kit import (
-    SECOND,
-    FakeClock,
-    claim,
-    claim_of,
-    release,
-    renew,
-    reset,
-    resolve,
-    settle,
-)
-from tests.stores.redis_kit import PATIENCE, ClockedRedis, RedisServer, open_redis, redis_url
+from tests.stores.kit import SECOND, FakeClock, claim, claim_of, release, renew, reset, resolve, settle
+from tests.stores.redis_kit import PATIENCE, LossyWay, RedisServer, open_redis, redis_url
 from tests.stores.servers import fresh_namespace
 
 
@@ -59,9 +49,11 @@ def configured(server: RedisServer, **settings: str) -> Iterator[None]:
         before = {name: plain.config_get(name)[name] for name in (n.replace("_", "-") for n in settings)}
         for name, value in settings.items():
             plain.config_set(name.replace("_", "-"), value)
-        yield
-        for name, value in before.items():
-            plain.config_set(name, value)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                plain.config_set(name, value)
 
 
 def run_of(store: RedisStore, asked: Claim) -> Run:
@@ -198,7 +190,7 @@ def test_random_histories_are_those_of_the_pure_operations(seed: int) -> None:
     assert model.events == [
         (e["kind"], e["run"], e["tool"], e["n"], e["detail"]) for e in store.events()
     ]  # fmt: skip
-    left = {call: rows for call, rows in model.rows.items() if rows}
+    left = {call: written(rows) for call, rows in model.rows.items() if rows}
     assert left == {rows[0].call: rows for _, rows in store.calls()}
     assert recounted(left, clock.wall()) == store.totals()
     store.close()
@@ -220,3 +212,445 @@ def recounted(calls: dict[str, list[Run]], wall: int) -> ledger.Totals:
         elif last.status in mine:
             mine[last.status] += 1
     return sums
+
+
+# ── what goes with a call ─────────────────────────────────────────────────────────────
+
+
+def test_a_reset_of_everything_leaves_no_key_behind(store: RedisStore) -> None:
+    """Calls, tallies, lists and ends are gone; the log goes on, and the sums are zero."""
+    for number, end in enumerate(("success", "failed", "suspended", "doubt")):
+        asked = claim(f"c{number}", args="{}")
+        store.transact(settle(run_of(store, asked), end))
+        store.count("blocked", asked, 1)
+        store.count("raised", claim(f"t{number}"), 0, "Boom")
+
+    store.reset(None, store.clock.wall())
+
+    with redis.Redis.from_url(redis_url(), decode_responses=True) as plain:
+        keys = {key.partition(":")[2] for key in plain.scan_iter(f"{{{store.namespace}}}:*")}
+    assert {"meta", "events", "processes", "totals", "batches"} == keys
+    assert ({}, "everything") == (store.totals(), list(store.events())[-1]["detail"])
+
+
+def test_a_reset_in_steps_spares_what_was_made_since(store: RedisStore) -> None:
+    """More calls than one step forgets are all forgotten; those that are younger than the question stay."""
+    for number in range(1100):
+        store.transact(settle(run_of(store, claim(f"c{number}"))))
+    asked = store.clock.wall()
+    time.sleep(0.01)
+    store.transact(settle(run_of(store, claim("young"))))
+
+    store.reset("w", asked)
+
+    assert ["young"] == [record.call for record, _ in store.calls()]
+
+
+def test_the_clock_of_a_caller_decides_nothing() -> None:
+    """A caller whose clock is a day ahead or behind gets the same leases, ages and resets."""
+    for days in (-1, 1):
+        clock = ledger.Clock()
+        wrong = FakeClock()
+        wrong.step_wall(clock.wall() / SECOND - wrong.wall() / SECOND + days * 86_400)
+        store = RedisStore(redis_url(), namespace=fresh_namespace(), clock=wrong)
+        run = run_of(store, claim())
+
+        assert abs(run.started - clock.wall()) < 60 * SECOND
+        assert "live" == store.transact(claim()).kind
+        store.transact(settle(run))
+        assert "done" == store.transact(claim(ttl=60 * SECOND)).kind
+        assert "done" == claim(ttl=60 * SECOND).judge(store.rows("c"), store.now_for(store.rows("c"))).kind
+        store.reset("w", wrong.wall())
+        assert [] == store.rows("c")
+        store.close()
+
+
+def test_other_arguments_under_one_key_are_a_conflict(store: RedisStore) -> None:
+    """What match= names must agree with a run in doubt, also before it is run again."""
+    run = run_of(store, claim(matched='{"to":"1"}'))
+    store.transact(settle(run, "doubt"))
+
+    assert "conflict" == store.transact(claim(matched='{"to":"2"}')).kind
+    assert "granted" == store.transact(claim(matched='{"to":"1"}')).kind
+
+
+def test_the_last_error_is_that_of_the_newest_failed_call(store: RedisStore) -> None:
+    """Per tool, of calls and of unlimited ones; a call that succeeded since has none."""
+    for number, end in enumerate(("failed", "failed", "success")):
+        run = run_of(store, claim(f"c{number}"))
+        store.transact(ledger.Settle(claim_of(run), run.run, end, None, f"Error {number}"))
+    store.count("raised", claim("t", tool="tests.other"), 0, "Boom")
+    store.flush()
+
+    assert {"tests.charge": "Error 1", "tests.other": "Boom"} == store.last_errors()
+
+
+def test_namespaces_do_not_meet(store: RedisStore) -> None:
+    """The same call in another namespace is another call; a name that is none is refused."""
+    other = RedisStore(redis_url(), namespace=fresh_namespace())
+    store.transact(settle(run_of(store, claim())))
+
+    assert 1 == run_of(other, claim()).run
+    with pytest.raises(UsageError, match="use small letters"):
+        RedisStore(redis_url(), namespace="a{b}")
+    other.close()
+
+
+def test_a_batch_of_counts_whose_reply_was_lost_counts_once(store: RedisStore) -> None:
+    """The same numbered batch again changes nothing, so counts are exact."""
+    asked = claim()
+    run_of(store, asked)
+    with LossyWay(redis_url()) as way:
+        mine = RedisStore(way.url, namespace=store.namespace)
+        mine.check()
+        for _ in range(7):
+            mine.count("blocked", asked, 1)
+        way.cut.set()
+        mine.flush()
+        mine.close()
+
+    found = store.look("c")
+    assert (7, 7) == (found and found.blocked, store.totals()["tests.charge"]["blocked"])
+
+
+# ── round trips ───────────────────────────────────────────────────────────────────────
+
+
+def test_two_round_trips_run_a_call_and_one_answers_a_duplicate(server: RedisServer) -> None:
+    """Claim and settle; a duplicate learns from its claim alone. Counting is apart, and batched."""
+    guard = Guard(store=RedisStore(server.url, namespace=fresh_namespace()), quiet=True)
+    charge = guard.once(replay=True)(lambda order: order)
+    charge(order=0)
+    charge(order=0)
+    guard.flush()
+    with server.client() as plain, plain.monitor() as seen:
+        charge(order=1)
+        plain.echo("run")
+        charge(order=1)
+        plain.echo("replayed")
+
+        sent = list(words_until(seen, "replayed"))
+
+    guard.close()
+    asked = [words.split()[4] for words in sent if words.startswith("EVALSHA")]
+    assert (["claim", "settle", "claim"], 2) == (asked, sum(w.startswith("ECHO") for w in sent))
+    assert len(sent) == len(asked) + 2
+
+
+def words_until(seen: Any, last: str) -> Iterator[str]:
+    """What clients sent, without what scripts did and what counts or says who a client is."""
+    while True:
+        entry = seen.next_command()
+        words = str(entry["command"])
+        if (
+            entry["client_type"] != "lua"
+            and not words.startswith(("CLIENT", "HELLO"))
+            and " count " not in words
+        ):
+            yield words
+        if words == f"ECHO {last}":
+            return
+
+
+# ── races ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_sixteen_threads_make_one_run(store: RedisStore) -> None:
+    """Of many that claim one call at once, one is granted, and all others learn whose run it is."""
+    verdicts = in_parallel(16, lambda _: store.transact(claim()))
+
+    assert ["granted", *["live"] * 15] == sorted(v.kind for v in verdicts)
+    assert 1 == len({v.row.owner for v in verdicts})
+
+
+def test_a_lapsed_run_is_taken_over_once() -> None:
+    """Of many that see it lapsed, one closes it and runs."""
+    clock = FakeClock()
+    store = open_redis(clock)
+    first = run_of(store, claim())
+    clock.advance(301)
+
+    verdicts = in_parallel(16, lambda _: store.transact(claim()))
+
+    assert ["granted", *["live"] * 15] == sorted(v.kind for v in verdicts)
+    assert [first.run] == [v.closed.run for v in verdicts if v.closed]
+    assert ["doubt", "running"] == [r.status for r in store.rows("c")]
+    store.close()
+
+
+def claim_all(url: str, namespace: str, gate: Any, answers: Any) -> None:
+    """A process that runs each of fifty calls, if it may."""
+    store = RedisStore(url, namespace=namespace)
+    gate.wait(PATIENCE)
+    won = 0
+    for number in range(50):
+        verdict = store.transact(claim(f"c{number}"))
+        if verdict.kind == "granted" and verdict.row:
+            store.transact(settle(verdict.row))
+            won += 1
+    answers.put(won)
+    store.close()
+
+
+def test_processes_share_fifty_runs(store: RedisStore) -> None:
+    """Four processes that begin at once, and make the ledger at once, run each call once in all."""
+    context = multiprocessing.get_context("fork")
+    gate, answers = context.Barrier(4), context.Queue()
+    arguments = (redis_url(), store.namespace, gate, answers)
+    children = [context.Process(target=claim_all, args=arguments) for _ in range(4)]
+    for child in children:
+        child.start()
+
+    assert 50 == sum(answers.get(timeout=PATIENCE) for _ in children)
+    for child in children:
+        child.join(PATIENCE)
+    assert ["success"] * 50 == [record.status for record, _ in store.calls()]
+
+
+def test_a_forked_child_has_connections_of_its_own(store: RedisStore) -> None:
+    """Parent and child go on side by side with the store that both had, and no answer is mixed up."""
+    run_of(store, claim("before"))
+    pid = os.fork()
+    mine = "child" if pid == 0 else "parent"
+    kinds = []
+    for number in range(50):
+        run = run_of(store, claim(f"{mine}{number}"))
+        kinds.append(store.transact(settle(run)).kind)
+    if pid == 0:
+        os._exit(0 if kinds == ["settled"] * 50 else 1)
+
+    assert (["settled"] * 50, 0) == (kinds, os.waitpid(pid, 0)[1])
+    assert 101 == sum(1 for _ in store.calls())
+
+
+# ── faults ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("lost", ["claim", "settle"])
+def test_an_answer_that_is_lost_is_asked_for_again(store: RedisStore, lost: str) -> None:
+    """The operation is sent again on another connection and finds its own row: one run, one effect."""
+    with LossyWay(redis_url()) as way:
+        mine = RedisStore(way.url, namespace=store.namespace)
+        asked = claim()
+        mine.check()
+        if lost == "claim":
+            way.cut.set()
+        run = run_of(mine, asked)
+        if lost == "settle":
+            way.cut.set()
+        kind = mine.transact(settle(run)).kind
+        mine.close()
+
+    assert ("settled", False) == (kind, way.cut.is_set())
+    assert [(1, "success", asked.token)] == [(r.run, r.status, r.owner) for r in store.rows("c")]
+
+
+def test_connections_that_are_killed_cost_no_call_and_repeat_none(server: RedisServer) -> None:
+    """CLIENT KILL at any moment between claim and reply: each of 8 × 40 calls has one effect and one end."""
+    store = RedisStore(server.url, namespace=fresh_namespace())
+    guard, effects, over = Guard(store=store, quiet=True), list[int](), threading.Event()
+    charge = guard.once(effects.append)
+    store.check()
+
+    def kill() -> None:
+        with server.client() as plain:
+            while not over.wait(0.005):
+                plain.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    in_parallel(8, lambda n: [charge(n * 100 + i) for i in range(40)])
+    over.set()
+    killer.join()
+
+    assert sorted(n * 100 + i for n in range(8) for i in range(40)) == sorted(effects)
+    assert {"success"} == {record.status for record, _ in store.calls()}
+    assert 320 == guard.stats()["executed"]
+    guard.close()
+
+
+CALLER = """\
+import os, sys, time
+from ledger import Guard
+from ledger_stores.redis import RedisStore
+url, namespace, path = sys.argv[1:]
+guard = Guard(store=RedisStore(url, namespace=namespace), quiet=True)
+effects = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+@guard.once(name="charge", replay=True)
+def charge(order):
+    os.write(effects, b"%d\\n" % order)
+    time.sleep(0.001)
+    return order
+
+for order in range(300):
+    assert charge(order) == order
+    if order == 50:
+        print("going", flush=True)
+guard.close()
+"""
+
+
+def test_a_server_that_restarts_costs_no_call_and_repeats_none(tmp_path: Path) -> None:
+    """With AOF and fsync at each write, two processes go on over a restart: 300 orders, 300 effects."""
+    server = RedisServer("--appendonly", "yes", "--appendfsync", "always")
+    effects, namespace = tmp_path / "effects", fresh_namespace()
+    command = [sys.executable, "-c", CALLER, server.url, namespace, str(effects)]
+    callers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    for caller in callers:
+        assert caller.stdout is not None
+        assert b"going\n" == caller.stdout.readline()
+
+    server.stop()
+    time.sleep(0.2)
+    server.start()
+
+    ends = [(caller.communicate(timeout=60)[1].decode(), caller.returncode) for caller in callers]
+    assert [("", 0)] * 2 == ends
+    assert list(range(300)) == sorted(map(int, effects.read_text().split()))
+    store = RedisStore(server.url, namespace=namespace)
+    assert (300, 300) == (store.totals()["charge"]["executed"], store.totals()["charge"]["blocked"])
+    store.close()
+    server.close()
+
+
+def test_a_server_that_came_back_empty_is_an_error(store: RedisStore) -> None:
+    """What was done is unknown, so nothing runs; opened anew, the store begins anew."""
+    store.transact(settle(run_of(store, claim())))
+    with redis.Redis.from_url(redis_url()) as plain:
+        plain.delete(*plain.scan_iter(f"{{{store.namespace}}}:*"))
+
+    with pytest.raises(StoreError, match=r"not the one that was opened.*nothing ran"):
+        store.transact(claim())
+    store.close()
+    assert 1 == run_of(store, claim()).run
+
+
+def test_a_newer_ledger_is_refused(store: RedisStore) -> None:
+    """A schema that this version does not know is not touched."""
+    store.check()
+    with redis.Redis.from_url(redis_url()) as plain:
+        plain.hset(f"{{{store.namespace}}}:meta", "schema", 2)
+    newer = RedisStore(redis_url(), namespace=store.namespace)
+
+    with pytest.raises(StoreError, match=r"written by a newer Ledger.*nothing ran"):
+        newer.transact(claim())
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+def test_a_server_that_evicts_is_refused(server: RedisServer, policy: str) -> None:
+    """A tool does not run on a server that may forget it, unless the URL accepts that."""
+    with configured(server, maxmemory="1gb", maxmemory_policy=policy):
+        refused = RedisStore(server.url, namespace=fresh_namespace())
+        with pytest.raises(StoreError, match=f"maxmemory-policy is {policy}.*allow_eviction=1"):
+            Guard(store=refused, quiet=True)(pytest.fail, "ran")
+        accepted = RedisStore(server.url + "?allow_eviction=1", namespace=refused.namespace)
+        assert 1 == run_of(accepted, claim()).run
+        accepted.close()
+
+
+def test_a_server_without_a_log_is_warned_about_once(
+    server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No AOF, or a policy that would evict if there were a limit: said when the store is opened, once."""
+    with configured(server, maxmemory_policy="allkeys-lru"):
+        store = RedisStore(server.url, namespace=fresh_namespace())
+        for _ in range(2):
+            store.check()
+            store.close()
+
+    assert 2 == len(caplog.messages)
+    assert "calls would be lost once there is a maxmemory" in caplog.messages[0]
+    assert "no append-only file" in caplog.messages[1]
+    assert "everysec can lose a second" in caplog.messages[1]
+
+
+def test_full_memory_refuses_claims_and_takes_ends(server: RedisServer) -> None:
+    """Nothing starts that could not be recorded; what had started is settled, renewed and reset."""
+    store = RedisStore(server.url, namespace=fresh_namespace())
+    asked, lasting = claim(), claim("lasting")
+    run, other = run_of(store, asked), run_of(store, lasting)
+    with configured(server, maxmemory="1mb"):
+        with pytest.raises(StoreError, match="memory is full") as refused:
+            store.transact(claim("another"))
+        kinds = [store.transact(op).kind for op in (settle(run, result='"x"'), renew(other), reset(2**60))]
+
+    assert (True, ["settled", "renewed", "reset"]) == (refused.value.full, kinds)
+    assert ([], [], 1) == (store.rows("another"), store.rows("c"), len(store.rows("lasting")))
+    store.close()
+
+
+def test_a_wrong_password_is_not_shown() -> None:
+    """The error names host and port, not what was tried."""
+    server = RedisServer("--requirepass", "right-one")
+    address = f"127.0.0.1:{server.port}"
+    store = RedisStore(f"redis://:wrong-one@{address}/0?password=wrong-one", namespace=fresh_namespace())
+
+    with pytest.raises(StoreError, match=f"{address}.*see that user and password are right") as refused:
+        store.transact(claim())
+
+    assert "wrong-one" not in str(refused.value)
+    right = RedisStore(f"redis://:right-one@{address}", namespace=fresh_namespace())
+    assert 1 == run_of(right, claim()).run
+    right.close()
+    server.close()
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_server_that_does_not_answer_is_an_error_soon(listens: bool) -> None:
+    """A closed port at once, a silent server after the time that it was given; the tool does not run."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        if not listens:
+            silent.close()
+        guard = Guard(store=RedisStore(f"redis://127.0.0.1:{port}", lock_seconds=1), quiet=True)
+        before = time.monotonic()
+
+        with pytest.raises(StoreError, match=f"127.0.0.1:{port}.*see that the server"):
+            guard(pytest.fail, "ran")
+
+        assert time.monotonic() - before < 10
+
+
+def test_a_replica_has_what_was_answered(server: RedisServer) -> None:
+    """With replicas=1 a granted claim is with the replica; without one it is an error, and may stand."""
+    url = f"{server.url}?replicas=1"
+    alone = RedisStore(url, namespace=fresh_namespace(), lock_seconds=1)
+    asked = claim()
+    with pytest.raises(StoreError, match=r"0 of 1 replicas have what was written.*may be lost with it"):
+        alone.transact(asked)
+    replica = RedisServer("--replicaof", f"127.0.0.1 {server.port}")
+
+    run = eventually(lambda: run_of(alone, asked))
+
+    with replica.client() as plain:
+        assert asked.token in plain.hget(f"{{{alone.namespace}}}:call:c", "1:row")
+        alone.transact(settle(run, result='"kept"'))
+        assert '"kept"' == plain.hget(f"{{{alone.namespace}}}:call:c", "1:result")
+    with pytest.raises(StoreError, match="it is a replica; name the primary"):
+        RedisStore(replica.url, namespace=alone.namespace).transact(claim("other"))
+    alone.close()
+    replica.close()
+
+
+def eventually(act: Callable[[], Run]) -> Run:
+    """Its answer, once there is no `StoreError` any more."""
+    limit = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return act()
+        except StoreError:
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+
+
+def test_a_live_run_is_named_when_a_reset_is_refused(store: RedisStore) -> None:
+    """One live run among many calls keeps them all, and the error says where it is."""
+    for number in range(3):
+        store.transact(settle(run_of(store, claim(f"c{number}"))))
+    run_of(store, claim("live"))
+
+    with pytest.raises(InProgress, match=rf"nothing was reset.*call live.*pid {os.getpid()} on"):
+        store.reset(None, store.clock.wall())
+
+    assert 4 == sum(1 for _ in store.calls())
