@@ -1867,6 +1867,10 @@ class Store:
         self._use(self.get, "check")
         return {"store": type(self).__name__, "ok": True}
 
+    def perform_on(self, connection: Any, op: Op) -> Verdict:
+        """Apply one operation inside the transaction that is open on a user's connection."""
+        raise UsageError(f"{type(self).__name__} shares no transaction; a SQLite file or PostgreSQL does")
+
     def make_room(self) -> None:
         """Give up what can be given up, because the store is full."""
 
@@ -2742,6 +2746,10 @@ class SqliteStore(Store):
             db.execute(_INSERT_EVENT, event)
         return change.verdict
 
+    def perform_on(self, connection: Any, op: Op) -> Verdict:
+        """Apply one operation inside the transaction that is open on a user's connection."""
+        return self._perform(op, connection)
+
     def _perform_hot(self, op: Op, db: sqlite3.Connection) -> Verdict | None:
         """A first claim, the end of an open run, a renewal: the guard stands in the WHERE."""
         wall = self.clock.wall()
@@ -3580,8 +3588,8 @@ class _Attempt:
     """One attempt at a call. `steps` is its life, once for sync and async: it yields what takes time."""
 
     __slots__ = (
-        "__weakref__", "args", "bound", "claim", "current", "ending", "entered", "guard", "is_new", "kwargs",
-        "open", "pid", "policy", "run", "sent", "shown", "store", "tool", "waited",
+        "__weakref__", "args", "around", "bound", "claim", "current", "ending", "entered", "guard", "is_new",
+        "kwargs", "open", "pid", "policy", "run", "sent", "settled", "shown", "store", "tool", "waited",
     )  # fmt: skip
 
     def __init__(
@@ -3597,6 +3605,9 @@ class _Attempt:
         #: a look a moment ago found no run of this call
         self.is_new = False
         self.ending: Settle | None = None
+        #: runs the tool in the user's transaction, and then the verdict of the settlement in it
+        self.around: Callable[[_Attempt, Callable[[], Any]], Any] | None = None
+        self.settled: Verdict | None = None
         self.current: Current
         self.shown: _Shown
         self.pid: int
@@ -3787,7 +3798,7 @@ class _Attempt:
         claim, keeper = self.claim, self.store.keeper
         try:
             try:
-                verdict: Verdict = yield ("transact", ending)
+                verdict: Verdict = self.settled or (yield ("transact", ending))
             except StoreError as error:
                 if not error.full:
                     raise
@@ -3818,6 +3829,12 @@ class _Attempt:
         text = None if error is None else self.shown.clean(_error_text(error))
         self.store.count("ran" if error is None else "raised", claim, 0, text)
         return _Reply("executed", value, error)
+
+    def call_tool(self) -> Any:
+        """What the tool returns, or something to await."""
+        if self.around is not None:
+            return self.around(self, lambda: self.tool.function(*self.args, **self.kwargs))
+        return self.tool.function(*self.args, **self.kwargs)
 
     def last_row(self) -> Run:
         """The row of this attempt's run, from memory."""
@@ -3932,7 +3949,7 @@ def _perform(attempt: _Attempt, what: str, argument: Any) -> Any:
     before = _running.set((*_running.get(), attempt))
     attempt.entered = True
     try:
-        return _refuse_coroutine(attempt, attempt.tool.function(*attempt.args, **attempt.kwargs)), None
+        return _refuse_coroutine(attempt, attempt.call_tool()), None
     except BaseException as error:
         return None, error
     finally:
@@ -3983,9 +4000,7 @@ async def _perform_async(attempt: _Attempt, what: str, argument: Any) -> Any:
     before = _running.set((*_running.get(), attempt))
     attempt.entered = True
     try:
-        value = attempt.tool.function(
-            *attempt.args, **attempt.kwargs
-        )  # a wrapper may have awaited it already
+        value = attempt.call_tool()  # a wrapper may have awaited it already
         return await value if hasattr(value, "__await__") else value, None
     except GeneratorExit:  # dropped with its loop: nothing can be awaited any more
         raise
@@ -4578,6 +4593,20 @@ class Guard:
     def force(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Run now, whatever the history says, and record it; raises `InProgress` beside a live run."""
         return cast("T", self._value(self._attempt(fn, args, kwargs, forced=True)))
+
+    def transaction(self, connection: Any) -> Callable[..., Any]:
+        """Call tools so that their writes and the settlement commit together, or neither does.
+
+        `connection` is yours, to the database that the ledger is in (sqlite3 or psycopg), with no
+        transaction open: `guard.transaction(db)(transfer, order)`.  One begins when the claim is on
+        disk and is committed with the outcome; a tool that raises, or was given up meanwhile, has
+        written nothing.  Raises `UsageError`, and nothing stays written, for another database.
+        """
+        try:
+            from ledger_stores.transaction import Transaction
+        except ImportError as error:
+            raise UsageError("guard.transaction needs the whole package: pip install ledger-guard") from error
+        return Transaction(self, connection)
 
     def _existing(self, fn: Any, args: Any, kwargs: Any) -> tuple[_Attempt, list[Run]]:
         attempt = self._attempt(fn, args, kwargs)

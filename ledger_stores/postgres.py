@@ -194,6 +194,15 @@ class PostgresStore(ServerStore):
             return self._call("resolve", *op)
         return self._call("reset_call", op.call, op.asked)
 
+    def perform_on(self, connection: Any, op: Op) -> Verdict:
+        """Apply one operation inside the transaction that is open on a user's connection."""
+        if not isinstance(op, ledger.Settle):
+            raise UsageError("only a settlement belongs into a user's transaction")
+        values = [op.call, op.run, op.claim.token, op.status, op.result, op.error, op.trace]
+        sql = f"SELECT {self.namespace}.settle(%s, %s, %s, %s, %s, %s, %s)"
+        with connection.cursor(row_factory=tuple_row) as cursor:
+            return verdict_from(cursor.execute(sql, [_clean(v) for v in values]).fetchone()[0])
+
     def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
         sql = "SELECT :ns.count(%s), set_config('synchronous_commit', 'off', true)"
         self._ask(sql, (json.dumps([[_clean(v) for v in item] for item in sums]),))

@@ -40,15 +40,69 @@
 local operation, meta = ARGV[1], KEYS[1]
 local prefix = string.sub(meta, 1, -5)
 
+-- a server that came back empty must not look like a ledger in which nothing was ever done
+if operation ~= 'open' and redis.call('HGET', meta, 'id') ~= ARGV[2] then
+  return 'replaced'
+end
+
+-- ── looking at one call ───────────────────────────────────────────────────────────────
+
+local call, key, latest, first, won, counted    -- the last four: see `head` above
+local older                                     -- the run of the claim in question, if it is not the newest
+
+local function open(name, token)
+  call, key = name, prefix .. 'call:' .. name
+  local found = redis.call('HMGET', key, 'head', 'owner:' .. (token or ''))
+  older = tonumber(found[2] or '')
+  if found[1] then
+    latest, first, won, counted = string.match(found[1], '^(%d+) (%d+) (%d+) (.*)$')
+    latest, won = tonumber(latest), tonumber(won)
+  else
+    latest, first, won, counted = 0, nil, 0, ''
+  end
+end
+
+local function read(run)
+  local found = redis.call('HGET', key, run .. ':row')
+  return found and cjson.decode(found)
+end
+
+-- a run as a caller is told of it: its number and the lengths of its row and texts (-1: there is none) on a
+-- line, then these one after the other. One string, because it is many replies to read otherwise
+local function shown(run)
+  local at = run .. ':'
+  local found = redis.call('HMGET', key, at .. 'row', at .. 'key', at .. 'args', at .. 'matched',
+    at .. 'result', at .. 'error', at .. 'trace', at .. 'blocked')
+  local sizes = {run}
+  for i = 1, 8 do
+    sizes[i + 1] = found[i] and #found[i] or -1
+    found[i] = found[i] or ''
+  end
+  return table.concat(sizes, ' ') .. '\n' .. table.concat(found)
+end
+
+-- the verdict: its kind and the first run of the intended effect on a line, then the run that it is about
+local function told(kind, run, anchor)
+  return kind .. ' ' .. (anchor or 1) .. '\n' .. (run and shown(run) or '')
+end
+
+-- most duplicates: a success that nothing can undo, and no more than one asked for at any time
+local function is_plain_duplicate(name, token, tool, wf, caller, max, ttl, lease, on_doubt, forced)
+  open(name, token)
+  if max ~= '1' or ttl ~= '' or forced ~= '0' or older or latest == 0 then return false end
+  local last = read(latest)
+  return last.status == 'success' and not last.released and last.owner ~= token
+end
+
+if operation == 'claim' and is_plain_duplicate(unpack(ARGV, 3, 12)) then return told('done', latest) end
+
+-- ── time, and what an operation writes ────────────────────────────────────────────────
+
 local function server_time()
   local t = redis.call('TIME')
   return t[1] * 1000000 + t[2]
 end
 
--- a server that came back empty must not look like a ledger in which nothing was ever done
-if operation ~= 'open' and redis.call('HGET', meta, 'id') ~= ARGV[2] then
-  return 'replaced'
-end
 local now = server_time()
 
 -- what an operation returns; an error of the server keeps its code, which Redis 6 would bury in a text
@@ -63,9 +117,6 @@ local function as_text(number)
   return string.format('%.0f', number)
 end
 
--- ── one call ──────────────────────────────────────────────────────────────────────────
-
-local call, key, latest, first, won, counted    -- the last four: see `head` above
 local pending = {}                              -- fields and values of the call that wait for one HSET
 
 local function set(field, value)
@@ -84,26 +135,8 @@ local function write()
   end
 end
 
--- look at a call; the run of the claim with that token, if it is an older one
-local function open(name, token)
-  call, key = name, prefix .. 'call:' .. name
-  local found = redis.call('HMGET', key, 'head', 'owner:' .. (token or ''))
-  if not found[1] then
-    latest, first, won, counted = 0, nil, 0, ''
-    return nil
-  end
-  latest, first, won, counted = string.match(found[1], '^(%d+) (%d+) (%d+) (.*)$')
-  latest, won = tonumber(latest), tonumber(won)
-  return found[2] and tonumber(found[2]) or nil
-end
-
 local function set_head()
   set('head', latest .. ' ' .. first .. ' ' .. won .. ' ' .. counted)
-end
-
-local function read(run)
-  local found = redis.call('HGET', key, run .. ':row')
-  return found and cjson.decode(found)
 end
 
 local function lives(row)
@@ -216,25 +249,6 @@ local function move(run, row, change, detail)
   end
 end
 
--- a run as a caller is told of it: its number and the lengths of its row and texts (-1: there is none) on a
--- line, then these one after the other. One string, because it is many replies to read otherwise
-local function shown(run)
-  local at = run .. ':'
-  local found = redis.call('HMGET', key, at .. 'row', at .. 'key', at .. 'args', at .. 'matched',
-    at .. 'result', at .. 'error', at .. 'trace', at .. 'blocked')
-  local sizes = {run}
-  for i = 1, 8 do
-    sizes[i + 1] = found[i] and #found[i] or -1
-    found[i] = found[i] or ''
-  end
-  return table.concat(sizes, ' ') .. '\n' .. table.concat(found)
-end
-
--- the verdict: its kind and the first run of the intended effect on a line, then the run that it is about
-local function told(kind, run, anchor)
-  return kind .. ' ' .. (anchor or 1) .. '\n' .. (run and shown(run) or '')
-end
-
 -- to the owner of a run; it knows the rest of its row. `closed` is the run that it took over
 local function granted(run, row, anchor, closed)
   return 'granted ' .. anchor .. ' ' .. run .. ' ' .. row.started .. '\n' .. (closed or '')
@@ -323,8 +337,7 @@ end
 
 local function claim(name, token, tool, wf, caller, max, ttl, lease, on_doubt, forced, seen_run, seen_owner, ...)
   local given = {...}
-  local older = open(name, token)
-  local last = latest > 0 and read(latest)
+  local last = latest > 0 and read(latest)      -- the call is open already
   lease = as_text(now + lease)
   if older then return repeated(older, read(older), lease) end
   if last and last.owner == token then return repeated(latest, last, lease) end
@@ -378,7 +391,8 @@ end
 
 local function settle(name, token, ending, ...)
   local given = {...}
-  local run = open(name, token) or latest
+  open(name, token)
+  local run = older or latest
   local row = run > 0 and read(run)
   if not row or row.owner ~= token then return told('gone') end
   if row.closed_by == token then                -- the reply to my own settle was lost
@@ -585,11 +599,11 @@ local function note_reset(scope, wf)
 end
 
 -- forget up to `limit` calls of a list from a place on; the first step refuses while one of all lives
-local function reset_scope(scope, wf, asked, after, limit)
+local function reset_scope(scope, wf, asked, after, limit, forced)
   local suffix = scope == 'all' and '' or ':' .. wf
   local calls, tallies = prefix .. 'calls' .. suffix, prefix .. 'tallies' .. suffix
   if after == '0' then
-    local alive = live_in(calls)
+    local alive = forced == '0' and live_in(calls)
     if alive then
       open(alive)
       return {'live', alive, shown(latest)}
@@ -599,7 +613,7 @@ local function reset_scope(scope, wf, asked, after, limit)
   for i = 1, #page, 2 do
     open(page[i])
     local last = read(latest)
-    if not lives(last) and tonumber(last.started) <= tonumber(asked) then
+    if (forced == '1' or not lives(last)) and tonumber(last.started) <= tonumber(asked) then
       forget()
     end
   end

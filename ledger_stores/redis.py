@@ -293,17 +293,18 @@ class RedisStore(ServerStore):
         """A time of the caller's clock, as the server's clock says it."""
         return asked - self.clock.wall() + self._exact_time()
 
-    def reset(self, wf: str | None, asked: int) -> None:
-        """Forget every call of a workflow (None: of all); `InProgress` while one runs, and none is forgotten.
+    def reset(self, wf: str | None, asked: int, *, force: bool = False) -> None:
+        """Forget every call of a workflow (None: of all); up to 500 in one step, of more 500 in each.
 
-        Up to 500 calls go in one step; of more, each call goes in one, and those that were made again
-        meanwhile are spared.
+        Raises `InProgress` while one runs, and then none is forgotten; a run that begins between two
+        steps is spared.  `force` forgets what runs too, and it may then run beside itself.
         """
         self.flush()
         scope = ("all", "") if wf is None else ("wf", wf)
         asked, after = self._by_server(asked), b"0"
         while True:
-            kind, *found = self._ask("reset_scope", *scope, asked, after, _FORGET, replicas=self.replicas)
+            words = (*scope, asked, after, _FORGET, int(force))
+            kind, *found = self._ask("reset_scope", *words, replicas=self.replicas)
             if kind == b"live":
                 raise ledger._busy_reset(self.describe([_run_from(_text(found[0]), found[1])]))
             if kind == b"reset":
@@ -506,7 +507,7 @@ class _Connections:
 
 def _packed(words: Sequence[Any]) -> bytes:
     """Words as the server reads them; the driver's own packing takes longer than the server's work."""
-    parts = []
+    parts: list[bytes] = []
     for word in words:
         if isinstance(word, str):
             data = word.encode("utf-8", "surrogatepass")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.stores.servers import postgres_url
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 NO_EXAMPLES = {"local_services", "demo_agent"}  # parts of the others
@@ -51,10 +53,9 @@ def run(script: str, folder: Path, **environment: str) -> subprocess.CompletedPr
     )
 
 
-def output_of(script: str, folder: Path) -> str:
-    """What an example prints, with its ledger in `folder`; it must end well and have said where."""
-    path = folder / "ledger.db"
-    done = run(script, folder, LEDGER_DB=str(path))
+def output_of(script: str, folder: Path, **environment: str) -> str:
+    """What an example prints, with its ledger in `folder` unless told otherwise; it must end well."""
+    done = run(script, folder, **{"LEDGER_DB": str(folder / "ledger.db"), **environment})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -208,6 +209,22 @@ def test_custom_store_example_charges_once_for_eight_threads(tmp_path: Path) -> 
     assert "8 threads got ['r-1'], charges: 1" in output
     assert "another guard on the same store: blocked True, charges: 1" in output
     assert log_line(output, "charge_card") == {"attempts": 9, "executed": 1, "blocked": 8}
+
+
+def test_transaction_example_moves_the_money_once(tmp_path: Path) -> None:
+    """A process killed in the middle of the transfer has moved nothing; the next one moves it, once."""
+    output = output_of("example_transaction", tmp_path)
+
+    assert "ended by signal 9, {'ada': 1000, 'bob': 0}" in output
+    assert "second process: moved 250 for A-1001, {'ada': 750, 'bob': 250}" in output
+    assert "asked again: moved 250 for A-1001, {'ada': 750, 'bob': 250}" in output
+
+
+def test_postgres_example_charges_once_from_two_processes(tmp_path: Path) -> None:
+    """Two processes that share nothing but the URL of a PostgreSQL make one charge."""
+    output = output_of("example_postgres", tmp_path, LEDGER_DB=postgres_url())
+
+    assert "two processes asked, charges: 1" in output
 
 
 @pytest.mark.parametrize(

