@@ -2838,9 +2838,18 @@ class SqliteStore(Store):
             self._refuse_replaced()
         elif not os.path.exists(self.path):
             return None
+        elif os.path.isdir(self.path):
+            raise StoreError(f"{self.path} is a folder and cannot be opened as a ledger; name a file in it")
         self._refuse_network()  # it also says whether a death may be proved here
         # a read-only folder has no room for the shared memory file: read the file as it stands
-        modes = ["rw", "ro"] + ([] if os.access(os.path.dirname(self.path), os.W_OK) else ["ro&immutable=1"])
+        modes = ["ro", "rw"]  # the last one who may write to it takes its log back when it closes
+        if not os.access(os.path.dirname(self.path), os.W_OK):
+            if os.path.exists(f"{self.path}-wal") and os.path.getsize(f"{self.path}-wal"):
+                raise StoreError(
+                    f"{self.path} has a log beside it, which cannot be read in a folder that is read-only; "
+                    "copy both files to a folder that is writable, and look there"
+                )
+            modes.append("ro&immutable=1")
         while True:
             db = self._connect(modes.pop(0))
             try:
@@ -3016,15 +3025,15 @@ class SqliteStore(Store):
 
     # -- housekeeping --
 
-    def reset(self, wf: str | None, asked: int, *, force: bool = False) -> None:
+    def reset(self, wf: str | None, asked: int, *, force: bool = False, why: str = "") -> None:
         """Forget every call of a workflow (None: of all) in one transaction.
 
         Raises `InProgress` while one runs; `force` forgets it too, and it may then run beside itself.
         """
         self.flush()
-        self.submit(lambda db: self._reset_in(db, wf, asked, force), durable=self.sync != "off")
+        self.submit(lambda db: self._reset_in(db, wf, asked, force, why), durable=self.sync != "off")
 
-    def _reset_in(self, db: sqlite3.Connection, wf: str | None, asked: int, force: bool) -> None:
+    def _reset_in(self, db: sqlite3.Connection, wf: str | None, asked: int, force: bool, why: str) -> None:
         scope = {"wf": wf, "asked": asked}
         live = f"SELECT {_COLUMNS} FROM runs WHERE status = 'running' AND (:wf IS NULL OR wf = :wf)"
         over = self._now_in(db).over
@@ -3034,7 +3043,7 @@ class SqliteStore(Store):
         young = "SELECT call FROM runs WHERE started > :asked"
         self._forget(db, f"(:wf IS NULL OR wf = :wf) AND call NOT IN ({young})", scope)
         db.execute("DELETE FROM tallies WHERE :wf IS NULL OR wf = :wf", scope)
-        detail = "everything" if wf is None else None
+        detail = why or ("everything" if wf is None else None)
         db.execute(_INSERT_EVENT, (None, None, "reset", self.clock.wall(), None, wf, None, 0, detail))
 
     def _forget(self, db: sqlite3.Connection, where: str, scope: dict[str, Any]) -> None:
@@ -3136,7 +3145,7 @@ class SqliteStore(Store):
             self._close_connections()
 
     def _close_connections(self) -> None:
-        for door in self._doors:
+        for door in reversed(self._doors):  # the writer last: it takes the log back into the file
             with door.lock:
                 if door.db is not None:
                     door.db.close()

@@ -29,19 +29,20 @@ def retry(store: Store, call: str, *, actor: str, note: str = "") -> Record:
     """
     rows = _rows(store, call)
     last = rows[-1]
-    counted = sum(run.succeeded_since(-1) for run in rows)
-    if not counted and last.status in ("failed", "suspended"):
+    won = [run for run in rows if run.succeeded_since(-1)]
+    if not won and last.status in ("failed", "suspended"):
         raise UsageError(
             f"call {call} was not released: its latest run {last.status}, so it runs again anyway"
         )
-    # The tool's max= is not in the ledger, so as many are kept as leave room for one: the last success
-    # goes, or, where a forced run failed after it, the newest before
+    # The tool's max= is not in the ledger. It allowed at least the successes that came neither late nor
+    # by force; one less than those may go on counting
+    allowed = sum(run.status == "success" and not run.forced for run in won)
     op = ledger.Release(
         call,
         ledger.new_token(),
         last.run,
         last.owner,
-        max=max(counted, 1),
+        max=max(allowed, 1),
         ttl=None,
         why=_why("retry", actor, note),
     )
@@ -67,7 +68,9 @@ def resolve(
     return _judged(store, op, "resolved")
 
 
-def clear(store: AnyStore, wf: str | None = None, *, force: bool = False) -> int:
+def clear(
+    store: AnyStore, wf: str | None = None, *, force: bool = False, actor: str = "", note: str = ""
+) -> int:
     """Forget the calls of a workflow (None: of all) and say how many; each could run again.
 
     Raises `InProgress`, naming the owners, while runs are alive there, unless `force`.
@@ -80,7 +83,7 @@ def clear(store: AnyStore, wf: str | None = None, *, force: bool = False) -> int
     where, scope = ("", {}) if wf is None else ("WHERE wf = :wf", {"wf": wf})
     found = store.browse(f"SELECT COUNT(DISTINCT call) FROM runs {where}", scope)[0][0]
     found += store.browse(f"SELECT COUNT(*) FROM tallies {where}", scope)[0][0]
-    store.reset(wf, store.clock.wall(), force=force)
+    store.reset(wf, store.clock.wall(), force=force, why=_why("clear", actor, note) if actor else "")
     return int(found)
 
 

@@ -32,7 +32,7 @@ def brief(reader: Reader, *, wf: str | None = None, max_chars: int = 2000) -> st
             parts += [f"{title}:", *(f"- {_line(record)}" for record in records)]
     text = _fit(parts, max_chars)
     sums = reader.stats(wanted).total
-    done = sums.actions - sums.failed - sums.in_doubt - sums.suspended - sums.running
+    done = sums.actions - sums.failed - sums.in_doubt - sums.suspended - sums.running - reader.released(wf)
     ends = (
         ("DONE (do not repeat it)", done, Filter(wf=wf, status="success")),
         ("FAILED (may be tried again)", sums.failed, Filter(wf=wf, status="failed")),
@@ -49,6 +49,8 @@ def _add(text: str, reader: Reader, wanted: Filter, total: int, max_chars: int) 
     """Append as many calls as fit, and how many did not."""
     shown = 0
     for record in reader.calls(wanted, limit=min(max_chars // 20 + 1, 200), seconds=1).records:
+        if record.released:  # it was said that it may run again
+            continue
         line = f"\n- {_line(record)}"
         if len(text) + len(line) + 20 > max_chars:
             break

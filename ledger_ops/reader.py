@@ -121,27 +121,32 @@ class Reader:
         records: list[Record] = []
         window, reached = _FIRST_WINDOW, None
         while before > 1:
-            floor = max(before - window, 1)
-            for row_id, run in self._window(wanted, floor, before, limit - len(records)):
+            floor, room = max(before - window, 1), limit - len(records)
+            rows = self._window(wanted, floor, before, room)
+            for _, run in rows:
                 record = self._describe(run)
                 if wanted.status is None or state_of(record) == wanted.status:
                     records.append(record)
-                before = row_id
                 reached = run.started
+            # a window that was cut by its limit goes on below its last row
+            before = rows[-1][0] if len(rows) == room else floor
             if len(records) >= limit:
                 return Page(records, f"r{before}", reached=reached)
-            before = self._next_window(wanted, floor, before, len(records))
             if before > 1 and deadline is not None and time.monotonic() > deadline:
                 return Page(records, f"r{before}", complete=False, reached=self._started_at(before))
             window = min(window * 2, _LAST_WINDOW if deadline is None else _SEARCH_WINDOW)
         return self._tally_page(records, wanted, limit - len(records), "", complete=True)
 
     def from_the_oldest(self, wanted: Filter = Filter()) -> Iterator[Record]:  # noqa: B008 - frozen
-        """Every wanted call in the order in which their latest runs began, in constant memory."""
+        """Every wanted call in the order in which they were first made, in constant memory.
+
+        A first run stays where it is, so a call that runs again meanwhile is neither missed nor told twice.
+        """
         where, values = _conditions(wanted)
+        first = "NOT EXISTS (SELECT 1 FROM runs AS e WHERE e.call = f.call AND e.run < f.run)"
         sql = (
-            f"SELECT r.id, {_COLUMNS} FROM runs AS r WHERE r.id > :after AND r.id <= :upto{where} AND {_LATEST}"
-            " ORDER BY r.id"
+            f"SELECT f.id, {_COLUMNS} FROM runs AS f JOIN runs AS r ON r.call = f.call WHERE f.id > :after AND"
+            f" f.id <= :upto AND (f.run = 1 OR {first}) AND {_LATEST}{where} ORDER BY f.id"
         )
         after, newest = 0, self._newest_id()
         while after < newest:
@@ -151,11 +156,11 @@ class Reader:
                 if wanted.status is None or state_of(record) == wanted.status:
                     yield record
             after = upto
-        page = self._tally_page([], wanted, 500, "", complete=True)
-        yield from page.records
-        while page.cursor is not None:
-            page = self.calls(wanted, limit=500, cursor=page.cursor)
+        cursor: str | None = "t0"
+        while cursor is not None:
+            page = self.calls(wanted, limit=500, cursor=cursor)
             yield from page.records
+            cursor = page.cursor
 
     def stream(self, wanted: Filter = Filter()) -> Iterator[Record]:  # noqa: B008 - frozen
         """Every wanted call, newest first, in constant memory."""
@@ -189,16 +194,16 @@ class Reader:
                 f"{prefix!r} is no fingerprint: it has digits and a to f; `ledger show` lists them"
             )
         bounds = (text, text + "g")
-        found: list[str] = []
+        found: set[str] = set()  # a tool that was unlimited once has calls in both
         for table in ("runs", "tallies"):
             sql = f"SELECT DISTINCT call FROM {table} WHERE call >= ? AND call < ? LIMIT 5"
-            found += [row[0] for row in self.store.browse(sql, bounds)]
+            found |= {row[0] for row in self.store.browse(sql, bounds)}
         if not found:
             raise NoSuchCall(f"no call begins with {text}; `ledger show` lists them")
         if len(found) > 1:
             shown = ", ".join(call[: len(text) + 6] for call in sorted(found)[:4])
             raise NoSuchCall(f"several calls begin with {text}: {shown} …; give more of it")
-        return found[0]
+        return found.pop()
 
     def call(self, prefix: str, *, seconds: float | None = None) -> Detail:
         """All that is known of one call, by its fingerprint or a unique beginning; raises `NoSuchCall`."""
@@ -303,19 +308,28 @@ class Reader:
         There is no index for them: their time says where to look, and the rows say when all are found.
         """
         deadline = None if seconds is None else time.monotonic() + seconds
-        after = self._seq_at(record.created - _CLOCK_SLACK) - 1
-        last = self.last_seq()
+        imported = int(self._meta("imported_upto") or 0)  # up to there, numbers do not follow time
+        after, last = 0 if imported else self._begin(record, 1), self.last_seq()
         found: list[Event] = []
         while after < last:
             upto = self._seq_after(after, _SEARCH_WINDOW) or last
             sql = f"SELECT {_EVENT_COLUMNS} FROM events WHERE seq > ? AND seq <= ? AND call = ? ORDER BY seq"
             found += [Event(*row) for row in self.store.browse(sql, (after, upto, record.call))]
             after = upto
+            if imported and after >= imported:
+                after, imported = max(after, self._begin(record, imported + 1)), 0
             if _are_all(found, record, runs):
                 break
             if after < last and deadline is not None and time.monotonic() > deadline:
                 return found, False
         return found, True
+
+    def _begin(self, record: Record, low: int) -> int:
+        return self._seq_at(record.created - _CLOCK_SLACK, low) - 1
+
+    def _meta(self, name: str) -> Any:
+        rows = self.store.browse("SELECT value FROM meta WHERE name = ?", (name,))
+        return rows[0][0] if rows else None
 
     def _seq_after(self, after: int, count: int) -> int | None:
         """The number of the event that comes so many events later; on a server numbers have wide gaps."""
@@ -323,13 +337,9 @@ class Reader:
         rows = self.store.browse(sql, (after, count - 1))
         return int(rows[0][0]) if rows else None
 
-    def _seq_at(self, moment: int) -> int:
+    def _seq_at(self, moment: int, low: int) -> int:
         """About the first event at or after that time, by bisection: numbers follow time but for clock steps."""
-        # one subquery each: together in one SELECT they would scan the table
-        low, high = self.store.browse("SELECT (SELECT MIN(seq) FROM events), (SELECT MAX(seq) FROM events)")[
-            0
-        ]
-        low, high = low or 1, high or 0
+        high = self.last_seq()
         while low < high:
             middle = (low + high) // 2
             row = self.store.browse(
@@ -385,10 +395,15 @@ class Reader:
         """Full names of all tools that were called."""
         return sorted(self.store.totals())
 
+    def released(self, wf: str | None = None) -> int:
+        """How many calls of a workflow (None: of all) were released and have not run since."""
+        where, values = _conditions(Filter(wf=wf))
+        sql = f"SELECT COUNT(*) FROM runs AS r WHERE r.released = 1 AND {_LATEST}{where}"
+        return int(self.store.browse(sql, values)[0][0])
+
     def gaps(self) -> list[Gap]:
         """Spans of time whose calls are unknown here, because the ledger was restored from a backup."""
-        rows = self.store.browse("SELECT value FROM meta WHERE name = 'gaps'")
-        return [Gap(*pair) for pair in decode(rows[0][0]) or ()] if rows else []
+        return [Gap(*pair) for pair in decode(self._meta("gaps")) or ()]
 
     # -- parts --
 
@@ -403,11 +418,6 @@ class Reader:
         )
         rows = self.store.browse(sql, {**values, "floor": floor, "before": before, "limit": limit})
         return [(row[0], Run._make(row[1:])) for row in rows]
-
-    def _next_window(self, wanted: Filter, floor: int, before: int, found: int) -> int:
-        """Where to look next; a status that SQL cannot judge may have filled a window with others."""
-        unjudged = wanted.status in ("running", "in_doubt") and found == 0
-        return before if unjudged and self._window(wanted, floor, before, 1) else floor
 
     def _started_at(self, before: int) -> int | None:
         rows = self.store.browse("SELECT started FROM runs WHERE id >= ? ORDER BY id LIMIT 1", (before,))

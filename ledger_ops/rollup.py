@@ -79,6 +79,7 @@ class Rollup:
         self.progress = 0.0
         self.first: int | None = None
         self.last: int | None = None
+        self._restored = 0
         self._lock = threading.Lock()
         self._advancing = threading.Lock()
         # "" is a database on disk without a name; memory would hold what a million workflows need
@@ -102,13 +103,24 @@ class Rollup:
                 rows = self.reader.store.browse(_SLICE_OF_EVENTS, (self.seq, _SLICE))
                 newest = rows[-1][0] if rows else 0  # it may have come after the look at the last number
                 upto = newest if len(rows) == _SLICE else max(newest, target)
-                added = _added(rows)
+                restored = max((row[0] for row in rows if row[1] == "restored"), default=0)
+                if restored > self._restored:  # another history stands there now: count it from its start
+                    self._restored = restored
+                    self._begin_anew()
+                    continue
+                added = _added(row for row in rows if row[1] != "restored")
                 with self._lock:
                     self._apply(added)
                     self.seq = upto
                     self.progress = min(upto / target, 1.0)
                 if time.monotonic() > deadline and self.seq < target:
                     return False
+
+    def _begin_anew(self) -> None:
+        with self._lock:
+            for table in ("minutes", "hours", "tools", "durations", "workflows", "callers"):
+                self._db.execute(f"DELETE FROM {table}")
+            self.seq, self.progress, self.first, self.last = 0, 0.0, None, None
 
     def _apply(self, added: _Added) -> None:
         db = self._db
@@ -212,7 +224,7 @@ SELECT e.seq, e.kind, e.at, e.tool, e.wf, e.caller, e.n, e.run,
        CASE WHEN e.kind = 'success' OR e.kind = 'failed' THEN
          (SELECT r.started FROM runs AS r WHERE r.call = e.call AND r.run = e.run) END
   FROM events AS e
- WHERE e.seq > ? AND e.tool IS NOT NULL
+ WHERE e.seq > ? AND (e.tool IS NOT NULL OR e.kind = 'restored')
  ORDER BY e.seq
  LIMIT ?
 """

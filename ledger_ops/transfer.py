@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
+import itertools
 import json
+import re
+import secrets
 import sqlite3
 import tempfile
 from collections import defaultdict
@@ -54,7 +58,8 @@ def export(
     if form == "csv":
         yield _csv_line(_TABLE)
     else:
-        yield json.dumps({"ledger": FORMAT, "exported": iso(reader.store.clock.wall())}) + "\n"
+        head = {"ledger": FORMAT, "id": secrets.token_hex(8), "exported": iso(reader.store.clock.wall())}
+        yield json.dumps(head) + "\n"
     for record in reader.from_the_oldest(wanted):
         values = record_dict(record)
         if form == "csv":
@@ -121,7 +126,7 @@ def _check(lines: Iterable[str], checked: IO[str]) -> int:
             if number == 1 and found.get("ledger") != FORMAT:
                 raise ValueError(f'the first line must say {{"ledger": {FORMAT}}}')
             _rows_in(found)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise UsageError(
                 f"line {number} is not from `ledger export` ({error}); nothing was imported. "
                 "Give the file as it was exported, in its JSON form"
@@ -133,72 +138,111 @@ def _check(lines: Iterable[str], checked: IO[str]) -> int:
 
 
 def _rows_in(found: dict[str, Any]) -> tuple[list[Run], tuple[Any, ...] | None, Event | None]:
-    """The rows, the tally or the event that a line holds."""
-    rows = [Run(**row) for row in found.get("rows", ())]
+    """The rows, the tally or the event that a line holds; raises ValueError, TypeError or KeyError."""
+    rows = [Run(**row) for row in found.get("rows") or ()]
     for run in rows:
-        texts = (run.call, run.tool, run.wf, run.caller, run.owner)
-        numbers = (run.run, run.started, run.lease, run.mono, run.released, run.forced, run.blocked)
-        if not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int) for n in numbers):
-            raise TypeError("a run has a field of the wrong type")
+        _check_fields(run._asdict(), _RUN_FIELDS)
         if run.status not in _STATUSES or (run.status == "running") != (run.closed_by is None):
             raise ValueError(f"run {run.run} has the status {run.status!r}, which does not fit")
-    tally = found.get("tally")
-    event = found.get("event")
+        if run.late not in (None, "success", "failed") or run.call != rows[0].call:
+            raise ValueError(f"run {run.run} has a field that does not fit")
+    if len({run.run for run in rows}) < len(rows) or sum(run.status == "running" for run in rows) > 1:
+        raise ValueError("two of its runs cannot both be")
+    tally, event = found.get("tally"), found.get("event")
+    if tally is not None:
+        _check_fields(tally, _TALLY_FIELDS)
+    if event is not None:
+        _check_fields(event, _EVENT_FIELDS)
     return (
         rows,
-        tuple(tally[name] for name in _TALLY) if tally is not None else None,
-        Event(**event) if event is not None else None,
+        None if tally is None else tuple(tally[name] for name in _TALLY),
+        None if event is None else Event(**event),
     )
 
 
+def _kinds(text: str) -> dict[str, str]:
+    """Fields and what each holds: c a fingerprint, t text, n a number from 0 on, p one from 1 on; ? or null."""
+    return dict(pair.split(":", 1) for pair in text.split())
+
+
+_RUN_FIELDS = _kinds(
+    "call:c run:p tool:t wf:t caller:t owner:t key:t? args:t? matched:t? started:n lease:n mono:n status:t"
+    " result:t? error:t? trace:t? ended:n? closed_by:t? released:n forced:n late:t? late_at:n? blocked:n"
+)
+_TALLY_FIELDS = _kinds("call:c tool:t wf:t caller:t args:t? ran:n raised:n error:t? created:n touched:n")
+_EVENT_FIELDS = _kinds("seq:p call:c? run:n? kind:t at:n tool:t? wf:t? caller:t? n:n detail:t?")
+_FINGERPRINT = re.compile("[0-9a-f]{8,64}")
+_LARGEST = 253_402_214_400_000_000  # microseconds until the year 9999
+
+
+def _check_fields(values: dict[str, Any], fields: dict[str, str]) -> None:
+    for name, kind in fields.items():
+        value = values[name]
+        if value is None and kind.endswith("?"):
+            continue
+        number = isinstance(value, int) and not isinstance(value, bool)
+        good = {
+            "c": isinstance(value, str) and _FINGERPRINT.fullmatch(value) is not None,
+            "t": isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value),
+            "n": number and 0 <= value <= _LARGEST,
+            "p": number and 1 <= value <= _LARGEST,
+        }[kind[0]]
+        if not good:
+            raise TypeError(f"its {name} cannot be {str(value)[:40]!r}")
+
+
 def _import(store: SqliteStore, checked: Iterable[str], steps: Progress) -> Imported:
+    """Batch by batch, each in a transaction that also notes how far it got, for a repeat to go on there."""
     sums = [0, 0, 0, 0]
     known: set[str] = set()
-    batch: list[str] = []
-
-    def write() -> None:
-        lines = batch.copy()
-        batch.clear()
-        added, new_known = store.submit(lambda db: _insert(store, db, lines, known), durable=False)
-        known.update(new_known)
-        add(sums, (*added, len(new_known)))
-        steps.step(len(lines))
-
-    for line in checked:
-        batch.append(line)
-        if len(batch) == _BATCH:
-            write()
-    write()
+    lines = iter(checked)
+    head = json.loads(next(lines))
+    mark = f"imported {head.get('id') or head.get('exported')}"
+    steps.step(1)
+    stored = store.browse("SELECT value FROM meta WHERE name LIKE ?", (f"{mark} %",))
+    known |= {call for row in stored for call in json.loads(row[0])}
+    number = 0
+    while batch := list(itertools.islice(lines, _BATCH)):
+        work = functools.partial(_insert, store, batch, number, mark, known)
+        added, met = store.submit(work, durable=False)
+        known |= met
+        add(sums, added)
+        number += len(batch)
+        steps.step(len(batch))
+    store.submit(lambda db: db.execute("DELETE FROM meta WHERE name LIKE ?", (f"{mark} %",)), durable=False)
     return Imported(*sums)
 
 
 def _insert(
-    store: SqliteStore, db: sqlite3.Connection, lines: Sequence[str], known: set[str]
-) -> tuple[tuple[int, int, int], set[str]]:
-    """One batch: its rows, its events, and what both add to the totals."""
+    store: SqliteStore, lines: Sequence[str], number: int, mark: str, known: set[str], db: sqlite3.Connection
+) -> tuple[tuple[int, int, int, int], set[str]]:
+    """One batch: its rows, its events, and what the rows add to the totals."""
     store._roll_forward(db)
+    found = db.execute("SELECT value FROM meta WHERE name = ?", (mark,)).fetchone()
+    done = found[0] if found else 0  # lines of this export that came in before
     calls = runs = events = 0
-    met: set[str] = set()
+    theirs: set[str] = set()
+    met: set[str] = set()  # calls that were there before this export came
     sums: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
-    for line in lines:
+    for place, line in enumerate(lines, number + 1):
         rows, tally, event = _rows_in(json.loads(line))
-        call = rows[0].call if rows else tally[0] if tally else None
-        if call is not None:
-            sql = "SELECT 1 FROM runs WHERE call = ?1 UNION ALL SELECT 1 FROM tallies WHERE call = ?1 LIMIT 1"
-            if db.execute(sql, (call,)).fetchone():
-                met.add(call)
-                continue
-            calls += 1
+        if rows and _is_there(db, "runs", rows[0].call):
+            theirs.add(rows[0].call)
+            met |= {rows[0].call} if place > done else set()  # else it came in with this export
+            continue
         for run in rows:
             ledger._insert_row(db, run)
             won = "success" in (run.status, run.late)
             add(sums[run.tool], (int(run is rows[0]), 1, int(won), run.blocked))
-            runs += 1
-        if tally:
+        calls, runs = calls + bool(rows), runs + len(rows)
+        if tally and _is_there(db, "tallies", tally[0]):
+            theirs.add(tally[0])
+            met |= {tally[0]} if place > done else set()
+        elif tally:
             db.execute(f"INSERT INTO tallies VALUES ({', '.join('?' * len(tally))})", tally)
-        if event and event.call not in known and event.call not in met:
-            values = tuple(getattr(event, name) for name in Event.__slots__[1:])
-            db.execute(ledger._INSERT_EVENT, values)
+            calls += 1
+        if event and place > done and event.call not in known and event.call not in met:
+            db.execute(ledger._INSERT_EVENT, tuple(getattr(event, name) for name in Event.__slots__[1:]))
             events += 1
     for tool, added in sums.items():
         db.execute(
@@ -206,6 +250,17 @@ def _insert(
             " + ?2, claims = claims + ?3, executed = executed + ?4, blocked = blocked + ?5",
             (tool, *added),
         )
-    # the rows were counted here, so their events must not count again
-    db.execute("UPDATE meta SET value = (SELECT COALESCE(MAX(seq), 0) FROM events) WHERE name = 'rolled'")
-    return (calls, runs, events), met
+    # the rows were counted here, so their events must not count again; nor do their numbers follow time
+    newest = "(SELECT COALESCE(MAX(seq), 0) FROM events)"
+    db.execute(f"UPDATE meta SET value = {newest} WHERE name = 'rolled'")
+    if events:
+        db.execute(f"INSERT OR REPLACE INTO meta VALUES ('imported_upto', {newest})")
+    db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (mark, max(done, number + len(lines))))
+    if met:  # a repeat must know them: their events are not to come a second time
+        note = (f"{mark} {number}", json.dumps(sorted(met)))
+        db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", note)
+    return (calls, runs, events, len(theirs)), met
+
+
+def _is_there(db: sqlite3.Connection, table: str, call: str) -> bool:
+    return db.execute(f"SELECT 1 FROM {table} WHERE call = ? LIMIT 1", (call,)).fetchone() is not None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import os
+import secrets
 import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from urllib.parse import quote
 import ledger
 from ledger import Run, SqliteStore, StoreError, UsageError
 from ledger_ops.reader import NoLedger, open_store
-from ledger_ops.values import Gap, Progress, add, decode
+from ledger_ops.values import Gap, Progress, add, decode, iso
 
 _BATCH = 500
 #: what a run says that is not needed to know that it succeeded
@@ -52,7 +53,7 @@ class Restored(NamedTuple):
 
     calls: int
     #: the time whose calls this ledger does not know
-    gap: Gap | None
+    gap: Gap
     #: where the former ledger was saved
     kept: str | None
 
@@ -222,13 +223,15 @@ def backup(store: SqliteStore, target: str) -> int:
     store.flush()
     note = json.dumps({"made": store.clock.wall(), "of": store.path})
     path = Path(target).absolute()
-    _copy(store.path, path, {"backup": note})
+    _copy(
+        store.path, path, lambda db: db.execute("INSERT OR REPLACE INTO meta VALUES ('backup', ?)", (note,))
+    )
     return path.stat().st_size
 
 
-def _copy(source: str, target: Path, notes: dict[str, str]) -> None:
-    """A copy of a ledger under a new name, with notes in its `meta`."""
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+def _copy(source: str, target: Path, note: Callable[[sqlite3.Connection], object]) -> None:
+    """A copy of a ledger under a new name, with what `note` writes into it."""
+    part = target.with_name(f"{target.name}.{secrets.token_hex(4)}.part")
     try:
         if target.exists():
             raise FileExistsError
@@ -236,7 +239,7 @@ def _copy(source: str, target: Path, notes: dict[str, str]) -> None:
         with closing(_connect(source, "ro")) as db:
             db.execute("VACUUM INTO ?", (str(part),))
         with closing(sqlite3.connect(part, isolation_level=None)) as db:
-            db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", notes.items())
+            note(db)
         _sync(part)
         target.hardlink_to(part)  # unlike a rename it never replaces a file that came meanwhile
         _sync(target.parent)
@@ -247,7 +250,8 @@ def _copy(source: str, target: Path, notes: dict[str, str]) -> None:
             f"{target} could not be written ({error}); see that its folder exists and has room"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        for left in (part, part.with_name(f"{part.name}-journal")):
+            left.unlink(missing_ok=True)
 
 
 def _connect(path: str, mode: str) -> sqlite3.Connection:
@@ -270,7 +274,9 @@ def examine(path: str) -> BackupInfo:
     with closing(open_store(path)) as store:
         if (found := store.browse("PRAGMA integrity_check(1)")[0][0]) != "ok":
             raise StoreError(f"{store.path} is damaged ({found}); take another backup")
-        calls = store.browse("SELECT COUNT(DISTINCT call) FROM runs")[0][0]
+        calls = store.browse(
+            "SELECT (SELECT COUNT(DISTINCT call) FROM runs) + (SELECT COUNT(*) FROM tallies)"
+        )[0][0]
         newest = store.browse("SELECT at FROM events ORDER BY seq DESC LIMIT 1")
         note = store.browse("SELECT value FROM meta WHERE name = 'backup'")
         last = newest[0][0] if newest else None
@@ -289,32 +295,24 @@ def restore(source: str, target: str, *, actor: str) -> Restored:
     path = Path(target).absolute()
     if path.exists() and path.samefile(source):
         raise UsageError(f"{path} is the backup itself; name another ledger to restore it to")
-    kept = _keep_former(path) if path.exists() else None
-    gap = Gap(info.made, time.time_ns() // 1000)
-    if not path.exists():
-        _copy(info.path, path, {})
-    with closing(_connect(str(path), "rw")) as db:
-        try:
-            _replace(db, info.path, gap, actor)
-        except sqlite3.Error as error:
-            raise StoreError(f"{path} was not restored ({error}); what it held is unchanged") from error
-    return Restored(info.calls, gap, str(kept) if kept else None)
-
-
-def _keep_former(path: Path) -> Path:
-    """Save what is there: a copy of a sound ledger, which may be in use; a damaged file goes aside."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    if _is_sound(str(path)):
+    if path.exists() and path.stat().st_size and _is_sound(str(path)):
         kept = path.with_name(f"{path.name}.before-restore-{stamp}")
-        with closing(open_store(path)) as store:
-            backup(store, str(kept))
-        return kept
-    kept = path.with_name(f"{path.name}.damaged-{stamp}")
-    for suffix in ("", "-wal", "-shm"):  # together: a log that stays would be taken for the new file's
-        part = path.with_name(path.name + suffix)
-        if part.exists():
-            part.rename(kept.with_name(kept.name + suffix))
-    return kept
+        return Restored(info.calls, _replace(path, kept, info, actor), str(kept))
+    aside = _set_aside(path, path.with_name(f"{path.name}.damaged-{stamp}"))
+    gap = Gap(info.made, time.time_ns() // 1000)
+    _copy(info.path, path, lambda db: _note_gap(db, gap, actor, 0))
+    return Restored(info.calls, gap, str(aside) if aside else None)
+
+
+def _set_aside(path: Path, kept: Path) -> Path | None:
+    """Rename what is there, with its log: one that stays would be taken for the new file's."""
+    if path.exists() and not path.stat().st_size:
+        path.unlink()
+    parts = [s for s in ("", "-wal", "-shm", "-journal") if path.with_name(path.name + s).exists()]
+    for suffix in parts:
+        path.with_name(path.name + suffix).rename(kept.with_name(kept.name + suffix))
+    return kept if "" in parts else None
 
 
 def _is_sound(path: str) -> bool:
@@ -331,41 +329,71 @@ def _is_sound(path: str) -> bool:
         return False
 
 
-def _replace(db: sqlite3.Connection, source: str, gap: Gap, actor: str) -> None:
-    """All of a ledger by all of another, and a note of the gap; event numbers go on."""
-    db.execute("PRAGMA synchronous = FULL")
-    db.execute("ATTACH ? AS old", (f"file:{quote(source)}?mode=ro",))
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        seqs = [
-            db.execute(f"SELECT COALESCE(MAX(seq), 0) FROM {side}.events").fetchone()[0]
-            for side in ("main", "old")
-        ]
-        [(trigger,)] = db.execute(
-            "SELECT sql FROM main.sqlite_schema WHERE name = 'last_event_stays'"
-        ).fetchall()
-        gaps = [g for side in ("old", "main") for g in _gaps(db, side)] + [[gap.since, gap.until]]
-        db.execute("DROP TRIGGER last_event_stays")
-        for table in ("runs", "tallies", "totals", "events"):
-            db.execute(f"DELETE FROM main.{table}")
-            db.execute(f"INSERT INTO main.{table} SELECT * FROM old.{table}")
-        db.execute(trigger)
-        # who runs now goes on under its name
-        db.execute("INSERT OR IGNORE INTO main.processes SELECT * FROM old.processes")
-        db.execute(
-            "UPDATE main.meta SET value = (SELECT value FROM old.meta WHERE name = 'rolled') WHERE name = 'rolled'"
-        )
-        kept = sorted({tuple(g) for g in gaps})
-        db.execute("INSERT OR REPLACE INTO main.meta VALUES ('gaps', ?)", (json.dumps(kept),))
-        db.execute(
-            "INSERT INTO main.events (seq, kind, at, n, detail) VALUES (?, 'restored', ?, 0, ?)",
-            (max(seqs) + 1, gap.until, f"restored by {actor} from a backup of {gap.to_dict()['since']}"),
-        )
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
+def _replace(path: Path, kept: Path, info: BackupInfo, actor: str) -> Gap:
+    """All of a ledger by all of another, in one transaction; what it held until then is kept.
+
+    The copy is made and the gap ends while nobody can write, so that no call falls between them.
+    """
+    with closing(_connect(str(path), "rw")) as db:
+        try:
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("ATTACH ? AS old", (f"file:{quote(info.path)}?mode=ro",))
+            db.execute("BEGIN IMMEDIATE")
+            _copy(str(path), kept, lambda _: None)
+            gap = Gap(info.made, time.time_ns() // 1000)
+            _take_over(db, gap, actor)
+            db.execute("COMMIT")
+        except BaseException as error:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error):
+                raise StoreError(f"{path} was not restored ({error}); what it held is unchanged") from error
+            raise
+    return gap
+
+
+def _take_over(db: sqlite3.Connection, gap: Gap, actor: str) -> None:
+    """The rows of the attached ledger in place of ours; event numbers go on."""
+    last = db.execute("SELECT COALESCE(MAX(seq), 0) FROM main.events").fetchone()[0]
+    gaps = _gaps(db, "main")
+    [(trigger,)] = db.execute("SELECT sql FROM main.sqlite_schema WHERE name = 'last_event_stays'").fetchall()
+    db.execute("DROP TRIGGER last_event_stays")
+    for table in ("runs", "tallies", "totals", "events"):
+        db.execute(f"DELETE FROM main.{table}")
+        db.execute(f"INSERT INTO main.{table} SELECT * FROM old.{table}")
+    db.execute(trigger)
+    # who runs now goes on under its name
+    db.execute("INSERT OR IGNORE INTO main.processes SELECT * FROM old.processes")
+    db.execute("DELETE FROM main.meta")
+    db.execute("INSERT INTO main.meta SELECT * FROM old.meta")
+    _note_gap(db, gap, actor, last, gaps)
+
+
+def _note_gap(
+    db: sqlite3.Connection, gap: Gap, actor: str, last: int, more: Sequence[Sequence[int]] = ()
+) -> None:
+    """Write down what is unknown; its event has a number beyond all that were ever given."""
+    gaps = sorted({(g[0], g[1]) for g in [*_gaps(db, "main"), *more, (gap.since, gap.until)]})
+    db.execute("INSERT OR REPLACE INTO main.meta VALUES ('gaps', ?)", (json.dumps(gaps),))
+    db.execute(
+        "INSERT INTO main.events (seq, kind, at, n, detail)"
+        " SELECT MAX(?, COALESCE(MAX(seq), 0)) + 1, 'restored', ?, 0, ? FROM main.events",
+        (last, gap.until, f"restored by {actor} from a backup of {iso(gap.since)}"),
+    )
+
+
+def accept_gaps(store: SqliteStore, *, actor: str) -> int:
+    """Note that a person has looked into what is unknown; `doctor` and `brief` tell of it no more."""
+
+    def work(db: sqlite3.Connection) -> int:
+        gaps = _gaps(db, "main")
+        if gaps:
+            db.execute("DELETE FROM meta WHERE name = 'gaps'")
+            event = (None, None, "gaps accepted", store.clock.wall(), None, None, actor, 0, json.dumps(gaps))
+            db.execute(ledger._INSERT_EVENT, event)
+        return len(gaps)
+
+    return int(store.submit(work, durable=True))
 
 
 def _gaps(db: sqlite3.Connection, side: str) -> list[list[int]]:

@@ -295,7 +295,9 @@ def parse_time(text: str, now: int | None = None) -> int:
 
 
 def _moment(micros: int) -> datetime:
-    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=micros)
+    """A time; what lies outside of the calendar is shown as its end."""
+    bounded = min(max(micros, -62_135_510_400_000_000), 253_402_214_400_000_000)
+    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=bounded)
 
 
 def clock(micros: int) -> str:

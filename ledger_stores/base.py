@@ -103,7 +103,7 @@ class ServerStore(Store):
         """Which of these calls have no live run any more; returns after so many seconds, or when woken."""
         raise NotImplementedError
 
-    def reset(self, wf: str | None, asked: int, *, force: bool = False) -> None:
+    def reset(self, wf: str | None, asked: int, *, force: bool = False, why: str = "") -> None:
         """Forget every call of a workflow (None: of all); raises `InProgress` while one runs, unless `force`."""
         raise NotImplementedError
 

@@ -207,13 +207,13 @@ class PostgresStore(ServerStore):
         sql = "SELECT :ns.count(%s), set_config('synchronous_commit', 'off', true)"
         self._ask(sql, (json.dumps([[_clean(v) for v in item] for item in sums]),))
 
-    def reset(self, wf: str | None, asked: int, *, force: bool = False) -> None:
+    def reset(self, wf: str | None, asked: int, *, force: bool = False, why: str = "") -> None:
         """Forget every call of a workflow (None: of all) in one transaction.
 
         Raises `InProgress` while one runs; `force` forgets it too, and it may then run beside itself.
         """
         self.flush()
-        verdict = self._call("reset_scope", wf, asked, force)
+        verdict = self._call("reset_scope", wf, asked, force, why)
         if verdict.kind == "live" and verdict.row is not None:
             raise ledger._busy_reset(self.describe([verdict.row]))
 

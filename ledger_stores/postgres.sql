@@ -340,7 +340,7 @@ BEGIN
 END $$;
 
 -- forget every call of a workflow (NULL: of all); the one that lives if there is one, and nothing is forgotten
-CREATE FUNCTION :ns.reset_scope(c_wf text, asked bigint, by_force boolean) RETURNS json LANGUAGE plpgsql AS $$
+CREATE FUNCTION :ns.reset_scope(c_wf text, asked bigint, by_force boolean, why text) RETURNS json LANGUAGE plpgsql AS $$
 DECLARE
   alive :ns.runs;
 BEGIN
@@ -355,7 +355,7 @@ BEGIN
   DELETE FROM :ns.tallies WHERE c_wf IS NULL OR wf = c_wf;
   INSERT INTO :ns.events (seq, kind, at, wf, n, detail)
   VALUES (pg_current_xact_id()::text::bigint * 4096 + 1, 'reset', :ns.now_us(), c_wf, 0,
-          CASE WHEN c_wf IS NULL THEN 'everything' END);
+          COALESCE(NULLIF(why, ''), CASE WHEN c_wf IS NULL THEN 'everything' END));
   RETURN :ns.verdict('reset', NULL, NULL, 1);
 END $$;
 

@@ -12,8 +12,8 @@
 --
 --   meta              hash: schema, id (random, made with the ledger), seq (newest event), checked
 --   call:<call>       hash, all that is known of one call:
---                       head              "latest first won counted": the number of its newest run (1 … latest
---                                         are all there); the number of the event of its first claim, its
+--                       head              "latest first won counted": the number of its newest run (1 to
+--                                         latest are all there); the number of the event of its first claim, its
 --                                         place in the lists; the newest run that had its effect (success or
 --                                         late success); "run:time …" of the successes that are not released
 --                       owner:<token>     the run of that claim, where it is not the newest
@@ -27,10 +27,10 @@
 --                     doubt:<tool> (not released, no late success)
 --   totals            hash "<sum> <tool>": actions claims executed blocked
 --   tally:<call>      hash, an unlimited tool's call: tool wf caller args ran raised error created touched
---   tallies           zset of these calls by the event of the first one;  tallies:<wf>, raised:<tool> likewise
+--   tallies           zset of these calls by their first event;  tallies:<wf>, raised:<tool> likewise
 --   events            stream, id <seq>-0: call run kind at tool wf caller n detail
 --   processes         hash: process → JSON [host, pid, boot, space, start]
---   batches           hash: process → number of its newest batch of counts
+--   batch:<writer>    number of its newest batch of counts; gone a day later, when nobody sends that again
 --
 -- Times are UTC microseconds of this server, as text: a double holds them, cjson would round them.
 
@@ -335,7 +335,8 @@ local function insert(run, row, given)
   add('claims', row.tool, 1)
 end
 
-local function claim(name, token, tool, wf, caller, max, ttl, lease, on_doubt, forced, seen_run, seen_owner, ...)
+local function claim(name, token, tool, wf, caller, max, ttl, lease, on_doubt, forced, seen_run, seen_owner,
+                     ...)
   local given = {...}
   local last = latest > 0 and read(latest)      -- the call is open already
   lease = as_text(now + lease)
@@ -352,8 +353,8 @@ local function claim(name, token, tool, wf, caller, max, ttl, lease, on_doubt, f
     status = 'running', forced = forced == '1' and '1' or nil}
   -- the claim itself, before all that goes with it
   if redis.call('HSETNX', key, run .. ':row', cjson.encode(row)) == 0 then
-    return redis.error_reply('LEDGER run ' .. run .. ' of call ' .. call .. ' is there although the newest is '
-      .. latest .. ': its key was changed by somebody else')
+    return redis.error_reply('LEDGER run ' .. run .. ' of call ' .. call .. ' is there although the newest'
+      .. ' is ' .. latest .. ': its key was changed by somebody else')
   end
   local stood, closed
   if last then
@@ -446,13 +447,13 @@ local function count_tally(tool, wf, caller, args, err, kind, times, run)
   if kind == 'ran' then add('executed', tool, times) end
 end
 
--- one batch of a process, once however often it is sent: call run kind tool wf caller args error n, …
+-- one batch of a writer, once however often it is sent: call run kind tool wf caller args error n, …
 local function count()
-  local process, batch = ARGV[3], ARGV[4]       -- the items are too many for parameters
-  if tonumber(redis.call('HGET', prefix .. 'batches', process) or 0) >= tonumber(batch) then
+  local written, batch = prefix .. 'batch:' .. ARGV[3], ARGV[4]    -- the items are too many for parameters
+  if tonumber(redis.call('GET', written) or 0) >= tonumber(batch) then
     return told('counted')
   end
-  redis.call('HSET', prefix .. 'batches', process, batch)
+  redis.call('SET', written, batch, 'EX', 86400)
   for i = 5, #ARGV, 9 do
     local run, kind, tool, wf, caller = ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4], ARGV[i + 5]
     local args, err, times = ARGV[i + 6], ARGV[i + 7], ARGV[i + 8]
@@ -589,17 +590,21 @@ local function live_in(list)
   return nil
 end
 
-local function note_reset(scope, wf)
-  local seq = as_text(redis.call('HINCRBY', meta, 'seq', 1))
-  local what, which = 'wf', wf
-  if scope == 'all' then
-    what, which = 'detail', 'everything'
+local function note_reset(scope, wf, detail)
+  local event = {'kind', 'reset', 'at', as_text(now), 'n', 0}
+  if scope == 'wf' then
+    event[7], event[8] = 'wf', wf
   end
-  redis.call('XADD', prefix .. 'events', seq .. '-0', 'kind', 'reset', 'at', as_text(now), 'n', 0, what, which)
+  if detail ~= '' then
+    event[#event + 1] = 'detail'
+    event[#event + 1] = detail
+  end
+  local seq = as_text(redis.call('HINCRBY', meta, 'seq', 1))
+  redis.call('XADD', prefix .. 'events', seq .. '-0', unpack(event))
 end
 
 -- forget up to `limit` calls of a list from a place on; the first step refuses while one of all lives
-local function reset_scope(scope, wf, asked, after, limit, forced)
+local function reset_scope(scope, wf, asked, after, limit, forced, detail)
   local suffix = scope == 'all' and '' or ':' .. wf
   local calls, tallies = prefix .. 'calls' .. suffix, prefix .. 'tallies' .. suffix
   if after == '0' then
@@ -617,7 +622,7 @@ local function reset_scope(scope, wf, asked, after, limit, forced)
       forget()
     end
   end
-  if after == '0' then note_reset(scope, wf) end
+  if after == '0' then note_reset(scope, wf, detail) end
   if #page > 0 then return {'more', page[#page]} end
   page = redis.call('ZRANGE', tallies, 0, limit - 1)
   for _, name in ipairs(page) do

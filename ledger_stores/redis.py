@@ -11,8 +11,8 @@ What survives what depends on how the server is set up; this store can ask, but 
   trip) until so many replicas have it; if they do not in five seconds, that is a `StoreError`.  `WAIT`
   makes a loss unlikely and does not rule it out: a replica that was not asked may be promoted.
 - *full memory*: claims are refused, so nothing runs; ends, renewals and resets still go through.
-- *eviction*: a server that may throw keys away cannot guard anything and is refused, unless the URL
-  says `?allow_eviction=1`.
+- *eviction*: a server that has a `maxmemory` and another policy than `noeviction` may throw away what
+  was done; it is refused, unless the URL says `?allow_eviction=1`.
 - *an emptied server* (FLUSHALL, a restart without persistence): noticed by whoever had it open, and an
   error until the store is closed and opened again.
 - *a caller's clock*: nothing depends on it; leases, ages and times go by the server's TIME.
@@ -21,7 +21,8 @@ What survives what depends on how the server is set up; this store can ask, but 
 
 Each operation is one run of one script, `redis.lua`, which says which keys there are.  All keys of a
 namespace carry the hash tag `{namespace}`, so on a cluster they live on one node; the URL names that
-node.  An operation whose reply was lost is sent again with its token and finds its own row.
+node.  An operation whose reply was lost is sent again with its token and finds its own row.  A call
+takes some 1.3 KB of the server's memory, and its arguments and result what they take.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ _EVENTS = ("seq", "call", "run", "kind", "at", "tool", "wf", "caller", "n", "det
 _TALLY = ("tool", "wf", "caller", "args", "ran", "raised", "error", "created", "touched")
 #: what follows a run's number in the fields of its call, and in what the script shows of a run
 _SHOWN = (b"row", b"key", b"args", b"matched", b"result", b"error", b"trace", b"blocked")
-#: a lost connection, but the second kind says that another one would fare no better
+#: the connection is lost; the second kind says that another one would fare no better
 _LOST = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError)
+_REFUSED = (redis.AuthenticationError, redis.exceptions.AuthorizationError)
 #: what the script answers when it wrote something that replicas should have
 _WROTE = (b"granted", b"settled", b"late", b"released", b"resolved", b"reset", b"more", b"checked")
-_REFUSED = (redis.AuthenticationError, redis.exceptions.AuthorizationError)
 _ADVICE: tuple[tuple[type[Exception], str], ...] = (
     (redis.AuthenticationError, "see that user and password are right"),
     (redis.exceptions.AuthorizationError, "see that this account may use the server"),
@@ -107,7 +108,7 @@ class RedisStore(ServerStore):
         self._offset = 0.0
         self._offset_at = 0.0
         self._holders: dict[str, str | None] = {}
-        self._batch = 0
+        self._writer, self._batch = ledger.new_token(), 0
 
     # -- connections --
 
@@ -293,7 +294,7 @@ class RedisStore(ServerStore):
         """A time of the caller's clock, as the server's clock says it."""
         return asked - self.clock.wall() + self._exact_time()
 
-    def reset(self, wf: str | None, asked: int, *, force: bool = False) -> None:
+    def reset(self, wf: str | None, asked: int, *, force: bool = False, why: str = "") -> None:
         """Forget every call of a workflow (None: of all); up to 500 in one step, of more 500 in each.
 
         Raises `InProgress` while one runs, and then none is forgotten; a run that begins between two
@@ -303,7 +304,7 @@ class RedisStore(ServerStore):
         scope = ("all", "") if wf is None else ("wf", wf)
         asked, after = self._by_server(asked), b"0"
         while True:
-            words = (*scope, asked, after, _FORGET, int(force))
+            words = (*scope, asked, after, _FORGET, int(force), why or ("everything" if wf is None else ""))
             kind, *found = self._ask("reset_scope", *words, replicas=self.replicas)
             if kind == b"live":
                 raise ledger._busy_reset(self.describe([_run_from(_text(found[0]), found[1])]))
@@ -319,16 +320,16 @@ class RedisStore(ServerStore):
             return
         with self._counting:
             while self._in_flight or self._counts:
-                if not self._in_flight:  # else its reply was lost: the same again, by its number
+                if not self._in_flight:  # else its reply was lost: the same again, under its number
                     self._batch += 1
-                while self._counts and len(self._in_flight) < _COUNTS:
-                    self._in_flight.append(self._counts.popleft())
+                    while self._counts and len(self._in_flight) < _COUNTS:
+                        self._in_flight.append(self._counts.popleft())
                 self._write_counts(_summed(self._in_flight))
                 self._in_flight.clear()
 
     def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
         items = [_or_empty(value) for item in sums for value in item]
-        self._ask("count", ledger._me().id, self._batch, *items)
+        self._ask("count", self._writer, self._batch, *items)
 
     # -- looking --
 

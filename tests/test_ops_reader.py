@@ -12,6 +12,7 @@ import pytest
 from ledger import Guard, MemoryStore, StoreError, UsageError
 from ledger_ops.reader import NoLedger, NoSuchCall, Reader, open_store
 from ledger_ops.values import Filter, parse_span, parse_time, printable, state_of
+from ledger_stores.testing import claim
 from tests.actors import Stage, stage
 
 HELD: list[BaseException] = []
@@ -332,3 +333,33 @@ def test_a_ledger_that_cannot_be_written_can_be_read(guard: Guard, tmp_path: Pat
             assert guard.stats()["actions"] == Reader(store).stats().total.actions
     finally:
         folder.chmod(0o700)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 10])
+def test_pages_of_what_rows_do_not_tell_skip_nothing(guard: Guard, reader: Reader, limit: int) -> None:
+    """Live runs between doubts do not hide them, whatever the size of the pages."""
+    for order in range(100, 104):
+        HELD.append(KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            guard(charge, order)
+        reader.store.transact(claim(f"{order:032x}", wf="live"))
+    wanted = Filter(status="in_doubt")
+
+    found, page = [], reader.calls(wanted, limit=limit)
+    while True:
+        found += [r.args["order"] for r in page.records]
+        if page.cursor is None:
+            break
+        page = reader.calls(wanted, limit=limit, cursor=page.cursor)
+
+    assert [103, 102, 101, 100, 77] == found
+
+
+def test_a_call_that_was_unlimited_once_is_found(guard: Guard, reader: Reader) -> None:
+    """A call with a tally and with runs is one call."""
+    guard.policy(look_up, unlimited=False)
+    guard(look_up, "x")
+    [call] = {r.call for r in reader.stream(Filter(search='"x"')) if r.short == "look_up"}
+
+    assert call == reader.find(call[:10])
+    assert "success" == reader.call(call).record.status

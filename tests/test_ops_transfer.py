@@ -147,7 +147,7 @@ def test_the_table_is_safe_in_a_spreadsheet(store: SqliteStore) -> None:
         (lambda lines: [*lines[:3], "{", *lines[3:]], "line 4 is not"),
         (lambda lines: [*lines, "[]"], "no JSON object"),
         (lambda lines: [lines[0], lines[1].replace('"rows": [{', '"rows": [{"more": 1, ')], "line 2 is not"),
-        (lambda lines: [lines[0], lines[2].replace('"run": 1, "tool"', '"run": "1", "tool"')], "wrong type"),
+        (lambda lines: [lines[0], lines[2].replace('"run": 1, "tool"', '"run": "1", "tool"')], "its run cannot"),
         (lambda lines: [lines[0], *(n.replace('"success"', '"done"') for n in lines[1:])], "does not fit"),
     ],
 )  # fmt: skip
@@ -159,3 +159,48 @@ def test_bad_input_imports_nothing(store: SqliteStore, tmp_path: Path, spoil: An
         import_lines(str(tmp_path / "new.db"), lines)
 
     assert not (tmp_path / "new.db").exists()
+
+
+def test_an_export_beside_a_writer_holds_every_call(guard: Guard, store: SqliteStore) -> None:
+    """A call that runs again while it is exported is neither left out nor told twice."""
+    for number in range(1200):
+        guard(charge, number + 1000)
+    lines = export(Reader(store))
+    told = [next(lines) for _ in range(3)]
+    for number in range(0, 1200, 7):
+        guard.force(charge, number + 1000)
+    told += list(lines)
+
+    calls = [call["call"] for call in map(json.loads, told[1:]) if "call" in call]
+    assert 9 + 1200 == len(calls) == len(set(calls))
+
+
+def test_a_killed_import_goes_on_where_it_was(store: SqliteStore, tmp_path: Path) -> None:
+    """Half of an import and then the whole: rows, events and sums are there once."""
+    lines = list(export(Reader(store)))
+    half = lines[: len(lines) // 2 + 4]
+
+    import_lines(str(tmp_path / "new.db"), half)
+    import_lines(str(tmp_path / "new.db"), lines)
+    import_lines(str(tmp_path / "new.db"), lines)
+
+    with closing(open_store(tmp_path / "new.db")) as new:
+        assert Reader(store).stats() == Reader(new).stats()
+        told = [(e.call, e.kind, e.at) for e in Reader(new).events()]
+        assert [(e.call, e.kind, e.at) for e in Reader(store).events()] == told
+
+
+def test_an_imported_call_keeps_its_timeline(guard: Guard, store: SqliteStore, tmp_path: Path) -> None:
+    """Older events that came in behind newer ones are still found."""
+    other = Guard(tmp_path / "other.db", quiet=True)
+    other(charge, "young")
+    call = other.history()[0]["call"]
+    other.close()
+
+    import_lines(str(tmp_path / "other.db"), export(Reader(store)))
+
+    with closing(open_store(tmp_path / "other.db")) as merged:
+        assert ["claimed", "success"] == [e.kind for e in Reader(merged).call(call).events]
+        for record in Reader(store).stream():
+            there = Reader(merged).call(record.call)
+            assert [e.kind for e in Reader(store).call(record.call).events] == [e.kind for e in there.events]

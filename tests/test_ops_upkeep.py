@@ -3,6 +3,7 @@
 import os
 import sqlite3
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -215,7 +216,7 @@ def test_restore_brings_back_and_tells_the_gap(guard: Guard, store: SqliteStore,
     restored = upkeep.restore(str(tmp_path / "copy.db"), store.path, actor="ann")
 
     assert at_backup == list(Reader(store).stream())
-    assert len([r for r in at_backup if r.run]) == restored.calls
+    assert len(at_backup) == restored.calls
     assert [restored.gap] == Reader(store).gaps()
     [event] = Reader(store).events(last)
     assert ("restored", True) == (
@@ -256,8 +257,8 @@ def test_gaps_add_up(guard: Guard, store: SqliteStore, tmp_path: Path) -> None:
 def test_a_damaged_ledger_is_set_aside_by_a_restore(guard: Guard, store: SqliteStore, tmp_path: Path) -> None:
     """What cannot be read any more is kept under another name, with its log."""
     upkeep.backup(store, str(tmp_path / "copy.db"))
-    guard.close()
     store.close()
+    guard.close()
     (tmp_path / "ledger.db").write_bytes(b"\0" * 4096 + os.urandom(4096))
 
     restored = upkeep.restore(str(tmp_path / "copy.db"), str(tmp_path / "ledger.db"), actor="ann")
@@ -291,3 +292,63 @@ def test_a_bad_backup_changes_nothing(guard: Guard, store: SqliteStore, tmp_path
 
     assert before == list(Reader(store).stream())
     assert songs == other.read_bytes()
+
+
+def test_no_call_falls_between_the_kept_copy_and_the_restore(
+    guard: Guard, store: SqliteStore, tmp_path: Path
+) -> None:
+    """A call that succeeds while restore waits for the file is in the kept copy, and lies in the gap."""
+    upkeep.backup(store, str(tmp_path / "copy.db"))
+    holder = sqlite3.connect(store.path, isolation_level=None, check_same_thread=False)
+    holder.execute("BEGIN IMMEDIATE")
+    found: list[upkeep.Restored] = []
+    restorer = threading.Thread(
+        target=lambda: found.append(upkeep.restore(str(tmp_path / "copy.db"), store.path, actor="ann"))
+    )
+    restorer.start()
+    time.sleep(0.3)  # it waits for the lock now, or will
+    holder.execute("INSERT INTO meta VALUES ('late', 1)")
+    holder.execute("COMMIT")
+    late = time.time_ns() // 1000
+    restorer.join(60)
+    holder.close()
+
+    [restored] = found
+    assert restored.gap.until >= late
+    with closing(sqlite3.connect(str(restored.kept))) as kept:
+        assert [(1,)] == kept.execute("SELECT value FROM meta WHERE name = 'late'").fetchall()
+
+
+@pytest.mark.parametrize("rest", [b"", None])
+def test_an_old_log_does_not_spoil_a_restore(
+    guard: Guard, store: SqliteStore, tmp_path: Path, rest: bytes | None
+) -> None:
+    """Where the ledger was deleted, or emptied, and its log stayed, the backup comes back whole."""
+    upkeep.backup(store, str(tmp_path / "copy.db"))
+    log = (tmp_path / "ledger.db-wal").read_bytes()
+    store.close()
+    guard.close()
+    (tmp_path / "ledger.db").unlink()
+    (tmp_path / "ledger.db-wal").write_bytes(log)
+    if rest is not None:
+        (tmp_path / "ledger.db").write_bytes(rest)
+
+    upkeep.restore(str(tmp_path / "copy.db"), str(tmp_path / "ledger.db"), actor="ann")
+
+    assert "blocked" == Guard(tmp_path / "ledger.db", quiet=True).call(charge, 1).kind
+    assert 1 == len([f for f in doctor(str(tmp_path / "ledger.db")) if f.name == "gap"])
+
+
+def test_a_gap_can_be_accepted(guard: Guard, store: SqliteStore, tmp_path: Path) -> None:
+    """Once a person has looked into it, doctor tells of it no more; who did is in an event."""
+    upkeep.backup(store, str(tmp_path / "copy.db"))
+    upkeep.restore(str(tmp_path / "copy.db"), store.path, actor="ann")
+
+    assert 1 == upkeep.accept_gaps(store, actor="bob")
+
+    assert [] == Reader(store).gaps()
+    assert ("gaps accepted", "bob") == (
+        Reader(store).last_events(1)[0].kind,
+        Reader(store).last_events(1)[0].caller,
+    )
+    assert 0 == upkeep.accept_gaps(store, actor="bob")

@@ -42,6 +42,20 @@ def server() -> Iterator[RedisServer]:
     made.close()
 
 
+@pytest.fixture
+def start() -> Iterator[Callable[..., RedisServer]]:
+    """How to start a server of one's own; all that were started are ended."""
+    started: list[RedisServer] = []
+
+    def start_one(*settings: str) -> RedisServer:
+        started.append(RedisServer(*settings))
+        return started[-1]
+
+    yield start_one
+    for made in started:
+        made.close()
+
+
 @contextmanager
 def configured(server: RedisServer, **settings: str) -> Iterator[None]:
     """Settings of the server for the length of a block."""
@@ -228,8 +242,8 @@ def test_a_reset_of_everything_leaves_no_key_behind(store: RedisStore) -> None:
     store.reset(None, store.clock.wall())
 
     with redis.Redis.from_url(redis_url(), decode_responses=True) as plain:
-        keys = {key.partition(":")[2] for key in plain.scan_iter(f"{{{store.namespace}}}:*")}
-    assert {"meta", "events", "processes", "totals", "batches"} == keys
+        keys = {key.split(":")[1] for key in plain.scan_iter(f"{{{store.namespace}}}:*")}
+    assert {"meta", "events", "processes", "totals", "batch"} == keys
     assert ({}, "everything") == (store.totals(), list(store.events())[-1]["detail"])
 
 
@@ -311,6 +325,20 @@ def test_a_batch_of_counts_whose_reply_was_lost_counts_once(store: RedisStore) -
 
     found = store.look("c")
     assert (7, 7) == (found and found.blocked, store.totals()["tests.charge"]["blocked"])
+
+
+def test_two_stores_of_one_process_count_apart(store: RedisStore) -> None:
+    """Each numbers its own batches, so that none is taken for a repetition of the other's."""
+    asked = claim()
+    run_of(store, asked)
+    other = RedisStore(redis_url(), namespace=store.namespace)
+    for mine in (store, other):
+        mine.count("blocked", asked, 1)
+        mine.flush()
+
+    found = store.look("c")
+    assert 2 == (found and found.blocked)
+    other.close()
 
 
 # ── round trips ───────────────────────────────────────────────────────────────────────
@@ -491,9 +519,9 @@ guard.close()
 """
 
 
-def test_a_cluster_keeps_a_namespace_on_one_node() -> None:
+def test_a_cluster_keeps_a_namespace_on_one_node(start: Callable[..., RedisServer]) -> None:
     """All keys share a hash tag, so a node in cluster mode takes every operation."""
-    server = RedisServer("--cluster-enabled", "yes")
+    server = start("--cluster-enabled", "yes")
     with server.client() as plain:
         plain.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
         limit = time.monotonic() + PATIENCE
@@ -510,12 +538,13 @@ def test_a_cluster_keeps_a_namespace_on_one_node() -> None:
     store.reset(None, store.clock.wall())
     assert ["claimed", "success", "blocked", "reset"] == [e["kind"] for e in store.events()]
     store.close()
-    server.close()
 
 
-def test_a_server_that_restarts_costs_no_call_and_repeats_none(tmp_path: Path) -> None:
+def test_a_server_that_restarts_costs_no_call_and_repeats_none(
+    tmp_path: Path, start: Callable[..., RedisServer]
+) -> None:
     """With AOF and fsync at each write, two processes go on over a restart: 300 orders, 300 effects."""
-    server = RedisServer("--appendonly", "yes", "--appendfsync", "always")
+    server = start("--appendonly", "yes", "--appendfsync", "always")
     effects, namespace = tmp_path / "effects", fresh_namespace()
     command = [sys.executable, "-c", CALLER, server.url, namespace, str(effects)]
     callers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
@@ -533,7 +562,6 @@ def test_a_server_that_restarts_costs_no_call_and_repeats_none(tmp_path: Path) -
     store = RedisStore(server.url, namespace=namespace)
     assert (300, 300) == (store.totals()["charge"]["executed"], store.totals()["charge"]["blocked"])
     store.close()
-    server.close()
 
 
 def test_a_server_that_came_back_empty_is_an_error(store: RedisStore) -> None:
@@ -603,9 +631,9 @@ def test_full_memory_refuses_claims_and_takes_ends(server: RedisServer) -> None:
     store.close()
 
 
-def test_a_wrong_password_is_not_shown() -> None:
+def test_a_wrong_password_is_not_shown(start: Callable[..., RedisServer]) -> None:
     """The error names host and port, not what was tried."""
-    server = RedisServer("--requirepass", "right-one")
+    server = start("--requirepass", "right-one")
     address = f"127.0.0.1:{server.port}"
     store = RedisStore(f"redis://:wrong-one@{address}/0?password=wrong-one", namespace=fresh_namespace())
 
@@ -616,7 +644,6 @@ def test_a_wrong_password_is_not_shown() -> None:
     right = RedisStore(f"redis://:right-one@{address}", namespace=fresh_namespace())
     assert 1 == run_of(right, claim()).run
     right.close()
-    server.close()
 
 
 @pytest.mark.parametrize("listens", [True, False])
@@ -635,14 +662,14 @@ def test_a_server_that_does_not_answer_is_an_error_soon(listens: bool) -> None:
         assert time.monotonic() - before < 10
 
 
-def test_a_replica_has_what_was_answered(server: RedisServer) -> None:
+def test_a_replica_has_what_was_answered(server: RedisServer, start: Callable[..., RedisServer]) -> None:
     """With replicas=1 a granted claim is with the replica; without one it is an error, and may stand."""
     url = f"{server.url}?replicas=1"
     alone = RedisStore(url, namespace=fresh_namespace(), lock_seconds=1)
     asked = claim()
     with pytest.raises(StoreError, match=r"0 of 1 replicas have what was written.*may be lost with it"):
         alone.transact(asked)
-    replica = RedisServer("--replicaof", "127.0.0.1", str(server.port))
+    replica = start("--replicaof", "127.0.0.1", str(server.port))
 
     run = eventually(lambda: run_of(alone, asked))
 
@@ -653,7 +680,6 @@ def test_a_replica_has_what_was_answered(server: RedisServer) -> None:
     with pytest.raises(StoreError, match="it is a replica; name the primary"):
         RedisStore(replica.url, namespace=alone.namespace).transact(claim("other"))
     alone.close()
-    replica.close()
 
 
 def eventually(act: Callable[[], Run]) -> Run:
@@ -677,5 +703,6 @@ def test_a_live_run_is_named_when_a_reset_is_refused(store: RedisStore) -> None:
         store.reset(None, store.clock.wall())
 
     assert 4 == sum(1 for _ in store.calls())
-    store.reset(None, store.clock.wall(), force=True)
+    store.reset(None, store.clock.wall(), force=True, why="a new day")
     assert [] == list(store.calls())
+    assert (None, "a new day") == ((last := list(store.events())[-1])["wf"], last["detail"])
