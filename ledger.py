@@ -1600,6 +1600,8 @@ class Store:
     A store that can do a transition in one atomic step overrides `transact`.
     """
 
+    #: a claim costs no more than a look: the store tells a loser why in the same step
+    judges_in_claim = False
     clock: Clock
     _keeper: _Keeper | None
     _newest_seen: dict[str, tuple[int, Record]]
@@ -2150,6 +2152,8 @@ class _Keeper:
                     time.sleep(0.05)
                     continue
                 what = f"{len(self._pending)} outcome(s)" if self._pending else "counts of blocked attempts"
+                if not (self._pending or self.counting):
+                    break
                 _warn(f"{what} could not be written before the end: {error}")
                 break
         if not self._live:
@@ -3650,7 +3654,8 @@ class _Attempt:
         if self.policy.unlimited:
             return (yield from self._unlimited())
         deadline = time.monotonic() + self.policy.wait
-        rows: list[Run] = [] if self.is_new else (yield ("rows", None))
+        looks = not self.store.judges_in_claim
+        rows: list[Run] = (yield ("rows", None)) if looks and not self.is_new else []
         while True:
             verdict = self.claim.judge(rows, self.store.now_for(rows)) if rows else None
             if verdict is None or verdict.kind == "run":
@@ -3660,7 +3665,7 @@ class _Attempt:
             reply = yield from self._refused(verdict, deadline)
             if reply is not None:
                 return reply
-            rows = yield ("rows", None)
+            rows = (yield ("rows", None)) if looks else []
 
     def _claim(self) -> Generator[_Step, Any, Verdict]:
         self.sent = time.monotonic()
@@ -4070,8 +4075,9 @@ def _open_server(url: str, settings: dict[str, Any]) -> Store:
 class Guard:
     """Runs tools once. `guard` is the one for every day; make your own for another store.
 
-    `url`: a path, `sqlite:///path` or `memory://` (default: LEDGER_DB, else ./ledger.db, read
-    when first needed).  `sync`: "full" (claim and outcome are on disk before anything goes on),
+    `url`: a path, `sqlite:///path`, `memory://` or that of a server, such as `postgresql://…`
+    (default: LEDGER_DB, else ./ledger.db, read when first needed); `namespace` keeps applications
+    on one server apart.  `sync`: "full" (claim and outcome are on disk before anything goes on),
     "claim" (the outcome rides on the next fsync: after a power cut it may read as in doubt) or
     "off" (survives a killed process, not a power cut).  A guard can be pickled: it carries its
     URL and settings, and opens its own connection where it arrives.

@@ -1,6 +1,6 @@
 """The guard's stores on databases that many machines share; the drivers load where first needed.
 
-Guard("postgresql://user@host/db")    pip install "ledger-guard[postgres]"
+`Guard("postgresql://user@host/db")` needs the extra `postgres`, `Guard("redis://host:6379/0")` the extra `redis`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from ledger import Store, UsageError
 _STORES = {
     "postgresql": ("postgres", "PostgresStore", "postgres", ("psycopg", "psycopg_pool")),
     "postgres": ("postgres", "PostgresStore", "postgres", ("psycopg", "psycopg_pool")),
+    "redis": ("redis", "RedisStore", "redis", ("redis",)),
+    "rediss": ("redis", "RedisStore", "redis", ("redis",)),
 }
 
 

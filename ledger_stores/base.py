@@ -14,10 +14,12 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import ledger
-from ledger import Claim, Clock, Op, Record, Run, Store, UsageError
+from ledger import Claim, Clock, Now, Op, Record, Run, Store, UsageError
 
 #: how soon the one who looks for all that wait looks again, at first and in the end
 _FIRST_LOOK, _LAST_LOOK = 0.02, 1.0
+#: how many counts are written at once
+_COUNTS = 250
 Count = tuple[str, int, str, str, str, str, str | None, str | None]
 
 
@@ -49,6 +51,7 @@ class ServerStore(Store):
         self._counts: deque[Count] = deque()
         self._in_flight: list[Count] = []
         self._counting = threading.RLock()
+        self._writer, self._batch = ledger.new_token(), 0
         self._watcher = _Watcher(self)
 
     # -- counting: buffered --
@@ -63,15 +66,16 @@ class ServerStore(Store):
         if self._pid != os.getpid():
             return
         with self._counting:
-            taken = self._in_flight
-            while self._counts:
-                taken.append(self._counts.popleft())
-            while taken:
-                part = taken[:1000]
-                self._write_counts(_summed(part))
-                del taken[: len(part)]
+            while self._in_flight or self._counts:
+                if not self._in_flight:  # else its reply was lost: the same again, under its number
+                    self._batch += 1
+                    while self._counts and len(self._in_flight) < _COUNTS:
+                        self._in_flight.append(self._counts.popleft())
+                self._write_counts(_summed(self._in_flight))
+                self._in_flight.clear()
 
     def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
+        """Write batch number `_batch` of `_writer`, unless it is written already."""
         raise NotImplementedError
 
     def describe(self, rows: Sequence[Run], blocked: int | None = None) -> Record:
@@ -105,6 +109,18 @@ class ServerStore(Store):
 
     def reset(self, wf: str | None, asked: int, *, force: bool = False, why: str = "") -> None:
         """Forget every call of a workflow (None: of all); raises `InProgress` while one runs, unless `force`."""
+        raise NotImplementedError
+
+    def now_for(self, rows: Sequence[Run]) -> Now:
+        """The server's clock, for a decision on rows just read."""
+        return self._now()
+
+    def _by_server(self, asked: int) -> int:
+        """A time of the caller's clock, as the server's clock says it."""
+        return asked - self.clock.wall() + self._exact_time()
+
+    def _exact_time(self) -> int:
+        """The server's clock, now."""
         raise NotImplementedError
 
     # -- looking --

@@ -90,6 +90,10 @@ class PostgresStore(ServerStore):
             "connect_timeout": 5,
             "prepare_threshold": None,
             "row_factory": tuple_row,
+            "keepalives_idle": 10,  # a server that is gone without a word is noticed
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": int(self.lock_seconds * 1000),
         }
         return psycopg_pool.ConnectionPool(
             self.url,
@@ -192,7 +196,7 @@ class PostgresStore(ServerStore):
             return self._call("release", *op)
         if isinstance(op, ledger.Resolve):
             return self._call("resolve", *op)
-        return self._call("reset_call", op.call, op.asked)
+        return self._call("reset_call", op.call, self._by_server(op.asked))
 
     def perform_on(self, connection: Any, op: Op) -> Verdict:
         """Apply one operation inside the transaction that is open on a user's connection."""
@@ -204,8 +208,8 @@ class PostgresStore(ServerStore):
             return verdict_from(cursor.execute(sql, [_clean(v) for v in values]).fetchone()[0])
 
     def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
-        sql = "SELECT :ns.count(%s), set_config('synchronous_commit', 'off', true)"
-        self._ask(sql, (json.dumps([[_clean(v) for v in item] for item in sums]),))
+        sql = "SELECT :ns.count(%s, %s, %s), set_config('synchronous_commit', 'off', true)"
+        self._ask(sql, (self._writer, self._batch, json.dumps([[_clean(v) for v in item] for item in sums])))
 
     def reset(self, wf: str | None, asked: int, *, force: bool = False, why: str = "") -> None:
         """Forget every call of a workflow (None: of all) in one transaction.
@@ -213,7 +217,7 @@ class PostgresStore(ServerStore):
         Raises `InProgress` while one runs; `force` forgets it too, and it may then run beside itself.
         """
         self.flush()
-        verdict = self._call("reset_scope", wf, asked, force, why)
+        verdict = self._call("reset_scope", wf, self._by_server(asked), force, why)
         if verdict.kind == "live" and verdict.row is not None:
             raise ledger._busy_reset(self.describe([verdict.row]))
 
@@ -240,13 +244,17 @@ class PostgresStore(ServerStore):
         """The server's clock, from a comparison with ours that is at most ten seconds old."""
         now = time.monotonic()
         if not self._offset_at or now - self._offset_at > 10:
-            self._offset = self._ask("SELECT :ns.now_us()")[0][0] - time.monotonic() * 1e6
+            self._offset = self._exact_time() - time.monotonic() * 1e6
             self._offset_at = now
         return int(time.monotonic() * 1e6 + self._offset)
 
+    def _exact_time(self) -> int:
+        """The server's clock, now."""
+        return int(self._ask("SELECT :ns.now_us()")[0][0])
+
     def is_over(self, run: Run) -> bool:
         """Whether the lease of a RUNNING run has lapsed by the server's clock."""
-        return bool(self._ask("SELECT :ns.now_us()")[0][0] >= run.lease)
+        return self._exact_time() >= run.lease
 
     def holder(self, run: Run) -> str:
         """Where the owner of a run lives, for people."""

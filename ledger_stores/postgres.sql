@@ -72,6 +72,9 @@ CREATE TABLE :ns.processes (
   id text PRIMARY KEY, host text NOT NULL, pid bigint NOT NULL, boot text NOT NULL, space text NOT NULL,
   start text NOT NULL);
 
+-- the last batch of counts that each writer wrote: one whose reply was lost is sent again
+CREATE TABLE :ns.batches (writer text PRIMARY KEY, number bigint NOT NULL, at bigint NOT NULL);
+
 CREATE TABLE :ns.waiting (call text COLLATE "C" NOT NULL, process text NOT NULL, until bigint NOT NULL,
   PRIMARY KEY (call, process));
 
@@ -360,13 +363,18 @@ BEGIN
 END $$;
 
 -- counted attempts: [[call, run, kind, tool, wf, caller, args, error, n], …], sorted by call
-CREATE FUNCTION :ns.count(items json) RETURNS void LANGUAGE plpgsql AS $$
+CREATE FUNCTION :ns.count(who text, batch bigint, items json) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
   now bigint := :ns.now_us();
   item json;
   what :ns.runs;
   times bigint;
 BEGIN
+  INSERT INTO :ns.batches AS b VALUES (who, batch, now)
+  ON CONFLICT (writer) DO UPDATE SET number = EXCLUDED.number, at = now WHERE b.number < EXCLUDED.number;
+  IF NOT FOUND THEN
+    RETURN;
+  END IF;
   FOR item IN SELECT * FROM json_array_elements(items) LOOP
     what.call := item->>0; what.run := (item->>1)::integer; what.tool := item->>3; what.wf := item->>4;
     what.caller := item->>5;

@@ -42,7 +42,7 @@ import redis
 
 import ledger
 from ledger import Claim, Clock, Now, Op, Record, Run, StoreError, UsageError, Verdict
-from ledger_stores.base import ServerStore, _summed, without_password
+from ledger_stores.base import ServerStore, without_password
 
 T = TypeVar("T")
 _SCHEMA_VERSION = 1
@@ -50,7 +50,7 @@ _SCHEMA_VERSION = 1
 _RETRY_SECONDS = 5.0
 _CONNECT_SECONDS = 5.0
 #: how many calls are read, or forgotten, in one step
-_PAGE, _FORGET, _COUNTS = 50, 500, 250
+_PAGE, _FORGET = 50, 500
 _EVENTS = ("seq", "call", "run", "kind", "at", "tool", "wf", "caller", "n", "detail")
 _TALLY = ("tool", "wf", "caller", "args", "ran", "raised", "error", "created", "touched")
 #: what follows a run's number in the fields of its call, and in what the script shows of a run
@@ -108,7 +108,6 @@ class RedisStore(ServerStore):
         self._offset = 0.0
         self._offset_at = 0.0
         self._holders: dict[str, str | None] = {}
-        self._writer, self._batch = ledger.new_token(), 0
 
     # -- connections --
 
@@ -290,10 +289,6 @@ class RedisStore(ServerStore):
         run, started = map(int, mine)
         return Verdict(kind, op.first_row(started, -op.lease)._replace(run=run), row, int(anchor))
 
-    def _by_server(self, asked: int) -> int:
-        """A time of the caller's clock, as the server's clock says it."""
-        return asked - self.clock.wall() + self._exact_time()
-
     def reset(self, wf: str | None, asked: int, *, force: bool = False, why: str = "") -> None:
         """Forget every call of a workflow (None: of all); up to 500 in one step, of more 500 in each.
 
@@ -311,21 +306,6 @@ class RedisStore(ServerStore):
             if kind == b"reset":
                 return
             after = found[0]
-
-    # -- counting: each batch once, whatever becomes of the reply --
-
-    def flush(self, patience: float = 5.0) -> None:
-        """Write what was only counted so far; `StoreError` if the server does not take it."""
-        if self._pid != os.getpid():
-            return
-        with self._counting:
-            while self._in_flight or self._counts:
-                if not self._in_flight:  # else its reply was lost: the same again, under its number
-                    self._batch += 1
-                    while self._counts and len(self._in_flight) < _COUNTS:
-                        self._in_flight.append(self._counts.popleft())
-                self._write_counts(_summed(self._in_flight))
-                self._in_flight.clear()
 
     def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
         items = [_or_empty(value) for item in sums for value in item]
@@ -359,10 +339,6 @@ class RedisStore(ServerStore):
     def _now(self) -> Now:
         wall = self._exact_time()
         return Now(wall, self.clock.mono(), lambda run: run.lease <= wall)
-
-    def now_for(self, rows: Sequence[Run]) -> Now:
-        """The server's clock, for a decision on rows just read."""
-        return self._now()
 
     def is_over(self, run: Run) -> bool:
         """Whether the lease of a RUNNING run has lapsed by the server's clock."""

@@ -40,6 +40,23 @@ class TestSixMethods(StoreConformance):
         return SixMethodStore(clock=clock)
 
 
+class TestRedis(StoreConformance):
+    """A real Redis; its clock is put where the test can set it."""
+
+    is_shared = True
+
+    def make(self, folder: Path, clock: Clock) -> Store:  # noqa: ARG002 - it needs no place
+        from tests.stores.redis_kit import open_redis
+
+        return open_redis(clock)
+
+    def again(self, store: Store) -> Store:
+        from tests.stores.redis_kit import ClockedRedis
+
+        assert isinstance(store, ClockedRedis)
+        return ClockedRedis(store.url, namespace=store.namespace, clock=store.clock)
+
+
 class TestPostgres(StoreConformance):
     """A real PostgreSQL; its clock is put where the test can set it."""
 

@@ -17,7 +17,7 @@ import pytest
 
 from ledger import Clock, Guard, InProgress, StoreError, UsageError
 from ledger_stores.postgres import PostgresStore
-from ledger_stores.testing import claim, in_parallel, settle
+from ledger_stores.testing import claim, in_parallel, reset, settle
 from tests.actors import Stage, eventually, stage
 from tests.stores.servers import OwnPostgres, fresh_namespace, postgres_url
 
@@ -145,6 +145,9 @@ def test_a_callers_clock_changes_nothing(namespace: str, days: int) -> None:
     short = wrong.transact(claim("d", lease=100_000)).row
     assert short is not None
     assert abs(short.started - run.started) < 60_000_000
+    right.transact(settle(run))
+    assert "done" == wrong.transact(claim(ttl=3_600_000_000)).kind
+    assert "reset" == wrong.transact(reset(wrong.clock.wall())).kind
     eventually(lambda: right.transact(claim("d")).kind == "granted")
     right.close()
     wrong.close()
@@ -335,8 +338,8 @@ def test_events_are_never_skipped(guard: Guard, namespace: str) -> None:
     guard(charge, 1)
     with psycopg.connect(postgres_url()) as slow:
         slow.execute(
-            f"SELECT {namespace}.claim('s', 't.1', 'a.b', 'w', '', NULL, NULL, NULL, 1, NULL, 1000, 'rerun', 0,"
-            " NULL, NULL)"
+            f"SELECT {namespace}.claim('s', 't.1', 'a.b', 'w', '', NULL, NULL, NULL, 1, NULL, 1000, 'rerun',"
+            " 0, NULL, NULL)"
         )
         guard(charge, 2)
         before = [e["seq"] for e in store.events()]
