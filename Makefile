@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two verbs would install into one .venv at a time
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-unpinned check bench build clean
+.PHONY: help demo test test-unpinned check bench bench-stores build clean
 
 VENV := .venv
 UNPINNED := .venv-unpinned
@@ -59,6 +59,9 @@ check: $(VENV)/.installed-dev ## lint, format and types
 
 bench: $(VENV)/.installed-demo ## times and ratios to bare sqlite3 (BENCH_SHORT=1 for a short run)
 	@$(VENV)/bin/python benchmarks/guard.py
+
+bench-stores: $(VENV)/.installed-dev ## the same on PostgreSQL and Redis, as ratios to the bare driver
+	@$(VENV)/bin/python benchmarks/stores.py
 
 build: $(VENV)/.installed-dev ## wheel and sdist into dist/
 	@rm -rf dist

@@ -89,6 +89,7 @@ def group() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command; its exit code. What the user can mend is told without a traceback."""
+    _stand_in_for_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character is no reason to fail
             stream.reconfigure(errors="backslashreplace")
@@ -103,6 +104,8 @@ def run(arguments: Sequence[str]) -> int:
     except UnicodeEncodeError as error:  # stdout takes any text, so it came from the command line
         complain(f"{error.object!r} is no text in UTF-8; nothing was done, write it in that encoding")
         return USAGE
+    except (OverflowError, RecursionError) as error:
+        return complain(f"a value is too large or nested too deeply ({error}); give a smaller or flatter one")
     except (ledger.LedgerError, OSError) as error:
         return complain(str(error))
 
@@ -111,6 +114,19 @@ def complain(text: str) -> int:
     """Say on stderr what went wrong, with what others wrote made harmless; the exit code of a failure."""
     click.echo(f"Error: {printable(text, lines=True)}", err=True)
     return FAILURE
+
+
+def _stand_in_for_closed_streams() -> None:
+    """Read and write nothing where we were started without stdin, stdout or stderr, as after `>&-`.
+
+    Else the next file that is opened would get the number, and a child would print into it.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is the one that lacks
+            os.set_inheritable(number, True)
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
 def _drop(stream: TextIO) -> None:

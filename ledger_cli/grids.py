@@ -42,6 +42,11 @@ def _short(tool: str) -> str:
     return ledger._short(tool)
 
 
+def short_call(record: Record) -> str:
+    """The beginning of a fingerprint, safe for a terminal: that of an imported call may be anything."""
+    return printable(record.call[:SHORT_CALL])
+
+
 def status_cell(state: str) -> Cell:
     """A status with its sign and colour."""
     return Cell(f"{SIGNS.get(state, '·')} {state.replace('_', ' ')}", STYLES.get(state, ""))
@@ -83,7 +88,7 @@ def calls(records: Iterable[Record], names: Names, *, full: bool) -> Grid:
 
 _Cells = Sequence[tuple[Column, Callable[[Record, Names], Cell]]]
 _BRIEF: _Cells = (
-    (Column("call", most=SHORT_CALL), lambda r, _: Cell(r.call[:SHORT_CALL], "dim")),
+    (Column("call", most=SHORT_CALL), lambda r, _: Cell(short_call(r), "dim")),
     (Column("started", most=30, least_terminal=72), lambda r, _: Cell(clock(r.started))),
     (Column("status", most=12), lambda r, _: status_cell(state_of(r))),
     (Column("tool", most=28), lambda r, names: Cell(names.of(r.tool), "bold")),
@@ -96,7 +101,7 @@ _BRIEF: _Cells = (
     (Column("outcome", most=0, least_terminal=90), lambda r, _: Cell(ended(r), "dim")),
 )
 _FULL: _Cells = (
-    (Column("call"), lambda r, _: Cell(r.call)),
+    (Column("call"), lambda r, _: Cell(printable(r.call))),
     (Column("started"), lambda r, _: Cell(clock(r.started))),
     (Column("status"), lambda r, _: Cell(state_of(r))),
     (Column("tool"), lambda r, names: Cell(names.of(r.tool))),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import IO, Literal
@@ -14,6 +14,7 @@ import click
 from ledger import LedgerError, UsageError
 from ledger_cli.app import FAILURE, NOTHING_MATCHED
 from ledger_cli.options import (
+    MOST,
     SPAN,
     as_json,
     command,
@@ -26,7 +27,7 @@ from ledger_cli.options import (
 )
 from ledger_cli.screen import Screen, confirmed, note, progress
 from ledger_ops.reader import open_store, path_of
-from ledger_ops.values import Filter, clock, iso, printable
+from ledger_ops.values import Filter, Progress, clock, iso, printable
 
 
 def _megabytes(count: int) -> str:
@@ -45,17 +46,23 @@ def _megabytes(count: int) -> str:
     ),
     json_form=(
         'A first line {"ledger": 1, exported}; a line for each call, the oldest first, as in `ledger show`, '
-        "its rows under rows (of an unlimited tool: tally); without a filter a line {event: {…}} for each "
-        "event."
+        "its rows under rows (of an unlimited tool: tally); without a filter, and if --limit was not "
+        "reached, a line {event: {…}} for each event."
     ),
     codes="3: a filter was given and no call matches it.",
 )
 @database_argument
 @filters
+@click.option("--limit", "-n", type=click.IntRange(1, MOST), help="How many at most, the oldest ones.")
 @click.option("--format", "form", type=click.Choice(["jsonl", "csv"]), default="jsonl", show_default=True)
 @click.option("--output", "-o", metavar="FILE", help="Write to a new file instead of stdout.")
 def export_command(
-    *, db: str | None, wanted: Filter, form: Literal["jsonl", "csv"], output: str | None
+    *,
+    db: str | None,
+    wanted: Filter,
+    limit: int | None,
+    form: Literal["jsonl", "csv"],
+    output: str | None,
 ) -> int:
     """Write calls as lines of JSON, or as a table (CSV).
 
@@ -64,8 +71,8 @@ def export_command(
     from ledger_ops.transfer import export
 
     reader = reader_of(db)
-    with progress("export") as steps:
-        lines = export(reader, wanted, form=form, progress=steps)
+    with progress("export", prints=output is None) as steps:
+        lines = _at_most(limit, export(reader, wanted, form=form, progress=steps), steps)
         if output is None:
             Screen().file.writelines(lines)
         else:
@@ -73,6 +80,14 @@ def export_command(
     if output is not None:
         note(f"exported {steps.done:,} calls to {printable(output)}")
     return NOTHING_MATCHED if wanted.narrows and not steps.done else 0
+
+
+def _at_most(limit: int | None, lines: Iterator[str], steps: Progress) -> Iterator[str]:
+    """The heading and so many calls. A call counts when the line after it is asked for, which is dropped."""
+    for line in lines:
+        if steps.done == limit:
+            return
+        yield line
 
 
 def _write_new(path: Path, lines: Iterable[str]) -> None:
@@ -243,15 +258,19 @@ def restore_command(*, file: str, db: str | None, yes: bool, json: bool) -> int:
 
 
 def _described(path: str) -> str:
-    """What a restore would replace; a damaged file is what restores are for."""
+    """What a restore would replace, and whose outcome would be lost; a damaged file is what restores are for."""
+    from ledger_ops.acts import alive_in, owners_of
+
     try:
         with closing(open_store(path)) as store:
             newest = store.browse("SELECT at FROM events ORDER BY seq DESC LIMIT 1")
             calls = store.browse("SELECT COUNT(DISTINCT call) FROM runs")[0][0]
+            alive = alive_in(store, None)
     except LedgerError as error:
         return f"{path}, which cannot be read ({error}),"
     last = f", the newest record {clock(newest[0][0])}" if newest else ""
-    return f"the ledger at {store.path} ({calls:,} calls{last})"
+    running = f", although these still run and their outcome would be lost: {owners_of(alive)}," if alive else ""
+    return f"the ledger at {store.path} ({calls:,} calls{last}){running}"
 
 
 # -- doctor --

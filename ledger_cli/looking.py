@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json as json_module
 import time
 from collections.abc import Iterator
 
 import click
 
-from ledger import StoreError
+from ledger import Record, StoreError
 from ledger_cli import grids
 from ledger_cli.app import NOTHING_MATCHED, complain
-from ledger_cli.options import as_json, command, database, database_argument, filters, reader_of
+from ledger_cli.options import (
+    MOST,
+    as_json,
+    command,
+    database,
+    database_argument,
+    event_filters,
+    filters,
+    reader_of,
+)
 from ledger_cli.screen import Screen, note
 from ledger_ops.reader import AnyStore, NoLedger, Reader, open_ledger
 from ledger_ops.values import Event, Filter, record_dict
@@ -41,7 +51,7 @@ _CALL_JSON = (
 @database_argument
 @filters
 @click.option(
-    "--limit", "-n", type=click.IntRange(1), default=NEWEST, show_default=True, help="How many at most."
+    "--limit", "-n", type=click.IntRange(1, MOST), default=NEWEST, show_default=True, help="How many at most."
 )
 @click.option("--all", "everything", is_flag=True, help="All of them.")
 @as_json
@@ -51,21 +61,36 @@ def show_command(*, db: str | None, wanted: Filter, limit: int, everything: bool
     On a terminal as a table; in a pipe as tab-separated lines under a line of titles, nothing cut.
     """
     reader = reader_of(db)
-    page = reader.calls(wanted, limit=limit)
-    records = reader.stream(wanted) if everything else iter(page.records)
+    records = reader.stream(wanted) if everything else _newest(reader, wanted, limit + 1)
+    first = list(itertools.islice(records, 1))
+    shown = itertools.islice(itertools.chain(first, records), None if everything else limit)
     screen = Screen()
     if json:
-        screen.json_array(map(record_dict, records))
-    elif page.records:
-        screen.grid(grids.calls(records, grids.Names(reader.tools()), full=not screen.is_terminal))
+        screen.json_array(map(record_dict, shown))
+    elif first:
+        screen.grid(grids.calls(shown, grids.Names(reader.tools()), full=not screen.is_terminal))
     elif not wanted.narrows:
         note("no calls yet")
-    if not everything and page.cursor is not None:
+    if next(records, None) is not None:
         screen.file.flush()
-        more = reader.count(wanted) - len(page.records)
-        if more > 0:
-            note(f"{more:,} more; --limit N shows N, --all shows them all")
-    return _matched(wanted, found=bool(page.records))
+        note(f"{_how_many_more(reader, wanted, limit)}; --limit N shows N, --all shows them all")
+    return _matched(wanted, found=bool(first))
+
+
+def _newest(reader: Reader, wanted: Filter, limit: int) -> Iterator[Record]:
+    """So many calls, the newest first, in constant memory."""
+    page = reader.calls(wanted, limit=min(limit, _PAGE))
+    yield from page.records
+    while page.cursor is not None and (limit := limit - len(page.records)):
+        page = reader.calls(wanted, limit=min(limit, _PAGE), cursor=page.cursor)
+        yield from page.records
+
+
+def _how_many_more(reader: Reader, wanted: Filter, shown: int) -> str:
+    """The number only where it is had without reading every call."""
+    if wanted != Filter(tool=wanted.tool, wf=wanted.wf):
+        return "there are more"
+    return f"{reader.count(wanted) - shown:,} more"
 
 
 def _matched(wanted: Filter, *, found: bool) -> int:
@@ -144,7 +169,7 @@ def inspect_command(*, call: str, db: str | None, json: bool) -> None:
 )
 @database_argument
 @filters
-@click.option("--limit", "-n", type=click.IntRange(1), help="How many at most.")
+@click.option("--limit", "-n", type=click.IntRange(1, MOST), help="How many at most.")
 @as_json
 def doubts_command(*, db: str | None, wanted: Filter, limit: int | None, json: bool) -> int:
     """List what is in doubt, the oldest first.
@@ -171,7 +196,7 @@ def doubts_command(*, db: str | None, wanted: Filter, limit: int | None, json: b
 @database_argument
 @click.option("--wf", help="Only this workflow.")
 @click.option(
-    "--max-chars", type=click.IntRange(1), default=2000, show_default=True, help="How long it may get."
+    "--max-chars", type=click.IntRange(1, MOST), default=2000, show_default=True, help="How long it may get."
 )
 def brief_command(*, db: str | None, wf: str | None, max_chars: int) -> None:
     """Say in short what was done, what runs and what is in doubt.
@@ -201,11 +226,12 @@ def brief_command(*, db: str | None, wf: str | None, max_chars: int) -> None:
     codes="3: with --no-follow, a filter was given and no event matches it.",
 )
 @database_argument
-@filters
+@event_filters
 @click.option(
     "--lines",
+    "--limit",
     "-n",
-    type=click.IntRange(0),
+    type=click.IntRange(0, MOST),
     default=10,
     show_default=True,
     help="How many earlier ones first.",
@@ -247,18 +273,28 @@ def tail_command(*, db: str | None, wanted: Filter, lines: int, no_follow: bool,
 def _follow(reader: Reader, after: int, wanted: Filter) -> Iterator[list[Event]]:
     """New events, page by page; what does not match is passed over and never read again."""
     path = reader.store.address
+    last, was_away = _event_at(reader, after), False
     while True:
         time.sleep(_POLL_SECONDS)
         try:
+            if was_away and (last is None or _event_at(reader, last.seq) != last):
+                after = 0  # another ledger has come in its place
+            was_away = False
             newest = reader.last_seq()
             while events := reader.events(after, wanted, limit=_PAGE):
                 yield events
                 after = events[-1].seq
             after = max(after, newest)
+            if last is None or last.seq != after:
+                last = _event_at(reader, after)
         except StoreError as error:
             complain(f"{error}; waiting for a ledger at {path} (Ctrl-C ends)")
             reader.store.close()
-            reader, after = Reader(_return_of(path)), 0
+            reader, was_away = Reader(_return_of(path)), True
+
+
+def _event_at(reader: Reader, seq: int) -> Event | None:
+    return next((event for event in reader.events(seq - 1, limit=1) if event.seq == seq), None)
 
 
 def _return_of(path: str) -> AnyStore:

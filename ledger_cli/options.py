@@ -59,11 +59,13 @@ def _applied(function: Any, options: Sequence[Callable[[Any], Any]]) -> Any:
 # -- values --
 
 
-#: SQLite's integers end here
-_FAR = 2**62
+#: of a list at one time; who wants more wants --all
+MOST = 1_000_000_000
+#: microseconds from 1970 to the end of the calendar, and about as far back as it goes
+_AFTER, _BEFORE = 253_402_214_400_000_000, 60_000_000_000_000_000
 
 
-def _reads(read: Callable[[str], int]) -> Callable[[Any], int]:
+def _reads(read: Callable[[str], int], most: int) -> Callable[[Any], int]:
     """A type of option that a function of ours reads; what it refuses is a usage error."""
 
     def convert(value: Any) -> int:
@@ -71,7 +73,7 @@ def _reads(read: Callable[[str], int]) -> Callable[[Any], int]:
             found = value if isinstance(value, int) else read(value)
         except (UsageError, OverflowError, OSError) as error:
             raise click.BadParameter(str(error)) from None
-        if abs(found) > _FAR:
+        if not -_BEFORE <= found <= most:
             raise click.BadParameter(f"{value!r} is too far away for a ledger to hold")
         return found
 
@@ -97,10 +99,10 @@ class _Status(click.Choice[str]):
         return super().convert(_ALIASES.get(lowered, lowered), param, ctx)
 
 
-SPAN = _reads(_positive_span)
+SPAN = _reads(_positive_span, _BEFORE)
 #: a span too, where a bare number is one of seconds
-SECONDS = _reads(_seconds)
-TIME = _reads(parse_time)
+SECONDS = _reads(_seconds, _BEFORE)
+TIME = _reads(parse_time, _AFTER)
 
 
 # -- which ledger --
@@ -154,22 +156,34 @@ def reader_of(db: str | None) -> Reader:
 
 # -- which calls --
 
-_FILTERS = (
-    click.option("--tool", help="Only this tool: its full name, or the short one that lists show."),
-    click.option("--status", type=_Status(STATES), help="Only calls that stand so."),
-    click.option("--wf", help="Only this workflow."),
-    click.option("--caller", help="Only calls by this caller."),
-    click.option(
-        "--since", type=TIME, metavar="TIME", help="Only what started since: 2h (ago), 2026-05-01T14:30."
-    ),
-    click.option("--until", type=TIME, metavar="TIME", help="Only what started before."),
-    click.option("--search", metavar="TEXT", help="Only with this text in arguments, key, result or error."),
-)
-
 
 def filters(function: Function) -> Function:
-    """Give a command `wanted`: the filter that its options make."""
+    """Give a command `wanted`: the filter of calls that its options make."""
+    options = _filter_options("calls that stand so", "started", "arguments, key, result or error")
+    return _with_filter(function, options)
 
+
+def event_filters(function: Function) -> Function:
+    """Give a command `wanted`: the filter of events that its options make."""
+    options = _filter_options("events of this kind", "happened", "the name of the tool, an error or a note")
+    return _with_filter(function, options)
+
+
+def _filter_options(standing: str, happened: str, searched: str) -> list[Callable[[Any], Any]]:
+    return [
+        click.option("--tool", help="Only this tool: its full name, or the short one that lists show."),
+        click.option("--status", type=_Status(STATES), help=f"Only {standing}."),
+        click.option("--wf", help="Only this workflow."),
+        click.option("--caller", help="Only calls by this caller."),
+        click.option(
+            "--since", type=TIME, metavar="TIME", help=f"Only what {happened} since: 2h (ago), 2026-05-01T14:30."
+        ),
+        click.option("--until", type=TIME, metavar="TIME", help=f"Only what {happened} before."),
+        click.option("--search", metavar="TEXT", help=f"Only with this text in {searched}."),
+    ]
+
+
+def _with_filter(function: Function, options: Sequence[Callable[[Any], Any]]) -> Function:
     @functools.wraps(function)
     def with_filter(*args: Any, **values: Any) -> Any:
         fields = {name: values.pop(name) for name in Filter.__slots__}
@@ -179,7 +193,7 @@ def filters(function: Function) -> Function:
             raise click.UsageError(str(error)) from None
         return function(*args, wanted=wanted, **values)
 
-    return _applied(with_filter, _FILTERS)  # type: ignore[no-any-return]
+    return _applied(with_filter, options)  # type: ignore[no-any-return]
 
 
 def as_json(function: Function) -> Function:

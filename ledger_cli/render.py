@@ -56,7 +56,7 @@ def event_line(event: Event, names: Names) -> Text:
     if event.run:
         text.append(f"  run {event.run}")
     if event.call is not None:
-        text.append(f"  {printable(event.call)[:SHORT_CALL]}", "dim")
+        text.append(f"  {printable(event.call[:SHORT_CALL])}", "dim")
     for word, value in (("workflow", event.wf), ("by", event.caller)):
         if value:
             text.append(f"  {word} ", "dim")
@@ -85,7 +85,7 @@ def _moment(event: Event) -> Text:
 def detail(found: Detail, holders: Mapping[int, str]) -> Iterator[Text]:
     """All that is known of one call; `holders` says where the owner of each run lives, or lived."""
     record = found.record
-    yield _field("call", Text(record.call, "bold"))
+    yield _field("call", Text(printable(record.call), "bold"))
     yield _field("tool", printable(record.tool))
     yield _field("workflow", printable(record.wf))
     if record.key is not None:
@@ -130,7 +130,7 @@ def _run(run: Run, status: str, holder: str) -> Iterator[Text]:
     yield text
     if run.late is not None:
         late_at = f" at {clock(run.late_at)}" if run.late_at is not None else ""
-        yield Text(f"       it had been given up; its late end was {run.late}{late_at}", "yellow")
+        yield Text(f"       it had been given up; its late end was {printable(run.late)}{late_at}", "yellow")
     if run.result is not None:
         yield _block("result", _json(decode(run.result)))
     if run.error is not None:

@@ -61,18 +61,7 @@ class Screen:
     def console(self) -> Console:
         """Rich's view of it; NO_COLOR means no codes at all."""
         if self._console is None:
-            from rich.console import Console
-
-            plain = not self.is_terminal or os.environ.get("NO_COLOR")
-            self._console = Console(
-                file=self.file,
-                force_terminal=self.is_terminal,
-                color_system=None if plain else "auto",
-                markup=False,
-                emoji=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+            self._console = _console(self.file, is_terminal=self.is_terminal)
         return self._console
 
     def text(self, *texts: Text) -> None:
@@ -134,6 +123,27 @@ class Screen:
             self.console.print(table, soft_wrap=False)
 
 
+def _console(file: TextIO, *, is_terminal: bool) -> Console:
+    from rich.console import Console
+
+    class Quiet(Console):
+        """Leaves it to the command what a reader who has gone means; rich would exit with 1."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    plain = not is_terminal or os.environ.get("NO_COLOR")
+    return Quiet(
+        file=file,
+        force_terminal=is_terminal,
+        color_system=None if plain else "auto",
+        markup=False,
+        emoji=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def _sizes(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], width: int) -> list[int]:
     """How wide each column is on a terminal of that width."""
     from rich.cells import cell_len
@@ -178,16 +188,23 @@ def confirmed(what: str, ask: str, *, yes: bool) -> bool:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Progress]:
-    """Something for long work to count on; a bar shows it while stderr is a terminal."""
-    if not sys.stderr.isatty():
+def progress(what: str, *, prints: bool = False) -> Iterator[Progress]:
+    """Something for long work to count on; a bar shows it while stderr is a terminal.
+
+    Work that `prints` to the terminal meanwhile shows by that how far it is, and has no bar.
+    """
+    if not sys.stderr.isatty() or (prints and sys.stdout.isatty()):
         yield Progress()
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
     columns = (TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=Screen(sys.stderr).console, transient=True) as bars:
+    console = Screen(sys.stderr).console
+    # by default rich takes sys.stdout for the bar's terminal, and what is printed to a file never gets there
+    with Bars(
+        *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
+    ) as bars:
         bar = bars.add_task("", total=None)
 
         def tell(steps: Progress) -> None:
