@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from queue import SimpleQueue
 from types import FrameType, TracebackType
 from typing import IO, Any, Self
 
@@ -17,12 +20,18 @@ from ledger import NotPerformed
 
 #: of a longer output the first and the last so many bytes are recorded
 KEPT_BYTES = 4 << 20
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_PASSED_ON = (*_ENDINGS, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGCONT)
 _SI_KERNEL = 128
 _PR_SET_PDEATHSIG = 1
 _LOOK_SECONDS = 0.25
-#: how long the output of what the command left in the background is waited for
-_AFTERMATH_SECONDS = 1.0
+#: when the command has ended: how long a silence of what it left in the background is waited for, how long
+#: that may go on speaking, and how much of it is listened to (a pipe holds less of the command's own)
+_SILENCE_SECONDS, _AFTERMATH_SECONDS, _AFTERMATH_BYTES = 1.0, 3.0, 1 << 20
+#: how long a reader who does not read may take when we were told to end
+_HURRIED_SECONDS = 0.3
+#: so many pieces of output wait for their reader before the command has to wait for him
+_PIECES = 16
 
 
 class NotStarted(NotPerformed):
@@ -41,8 +50,23 @@ class Failed(Exception):
         self.code = code
 
 
-class Killed(BaseException):
-    """A signal killed the command. It is no Exception, so that the guard records a doubt."""
+class EndUnknown(BaseException):
+    """The command began, and nobody knows how far it came. It is no Exception: the guard records a doubt."""
+
+    code = 1
+
+
+class Lost(EndUnknown):
+    """Something of ours failed beside the command."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(
+            f"`ledger run` failed while the command ran ({error!r}); nobody knows how far it came"
+        )
+
+
+class Killed(EndUnknown):
+    """A signal killed the command."""
 
     def __init__(self, number: int) -> None:
         name = signal.Signals(number).name if number in signal.valid_signals() else f"signal {number}"
@@ -68,6 +92,8 @@ class Relay:
     """
 
     def __init__(self) -> None:
+        #: whether somebody asked for an end since the command was started
+        self.hurried = False
         self._entered = False
         self._waiting: list[int] = []
         self._before: dict[signal.Signals, Any] = {}
@@ -85,9 +111,11 @@ class Relay:
             signal.signal(number, handler)
 
     def _heard(self, number: int, _frame: FrameType | None) -> None:
-        if not self._entered:
+        if self._entered:
+            self._waiting.append(number)
+            self.hurried = self.hurried or number in _ENDINGS
+        elif number != signal.SIGCONT:
             raise Stopped(number)
-        self._waiting.append(number)
 
     def run(self, start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
         """Start the child and wait for its end; signals are blocked meanwhile, to be asked who sent them."""
@@ -100,6 +128,7 @@ class Relay:
                 found = signal.sigtimedwait(watched, _LOOK_SECONDS)
                 if found is not None and _was_for_us_alone(found):
                     child.send_signal(found.si_signo)
+                    self.hurried = self.hurried or found.si_signo in _ENDINGS
                 while self._waiting:  # another thread took it, without the word where it came from
                     child.send_signal(self._waiting.pop())
             return child
@@ -108,42 +137,95 @@ class Relay:
 
 
 def _was_for_us_alone(found: signal.struct_siginfo) -> bool:
-    """Whether the command must be told: a terminal's keys reach it, its hangup only a session's leader."""
+    """Whether the command must be told: a terminal's keys reach it, its hangup only a session's leader.
+
+    An alarm of the kernel is one that was set before we were started, for instance by perl's `alarm; exec`.
+    """
     if found.si_code != _SI_KERNEL:
         return found.si_signo != signal.SIGCHLD
-    return found.si_signo == signal.SIGHUP and os.getsid(0) == os.getpid()
+    if found.si_signo == signal.SIGHUP:
+        return os.getsid(0) == os.getpid()
+    return found.si_signo == signal.SIGALRM
+
+
+class _Shown(threading.Thread):
+    """Writes to a stream of ours, whose reader may be slow, or never read again."""
+
+    def __init__(self, target: int) -> None:
+        super().__init__(daemon=True)
+        self._target = target
+        self._pieces: SimpleQueue[bytes] = SimpleQueue()
+        self._room = threading.Semaphore(_PIECES)
+
+    def run(self) -> None:
+        """Until the empty piece."""
+        is_read = True
+        while piece := self._pieces.get():
+            is_read = is_read and wrote(self._target, piece)
+            self._room.release()
+
+    def put(self, piece: bytes, *, waits: Callable[[], bool]) -> None:
+        """Show this after what came before; while it `waits`, not before there is room."""
+        while waits() and not self._room.acquire(timeout=_LOOK_SECONDS):
+            pass
+        self._pieces.put(piece)
 
 
 class _Copy(threading.Thread):
-    """Shows one stream of the child as it comes, and keeps it."""
+    """Keeps one stream of the command as it comes, and has it shown."""
 
-    def __init__(self, source: IO[bytes], target: int) -> None:
+    def __init__(self, target: int) -> None:
         super().__init__(daemon=True)
-        self._source, self._target = source, target
+        self._shown = _Shown(target)
+        self._source: IO[bytes] | None = None
         self._head, self._tail, self._total = bytearray(), bytearray(), 0
-        self._idle_since: float | None = None
+        self._ended_at = self._deadline = math.inf
+
+    def begin(self, source: IO[bytes] | None) -> None:
+        """Copy what comes from there."""
+        self._source = source
+        self._shown.start()
+        self.start()
 
     def run(self) -> None:
-        """Until the child, and all that it left behind, have closed it."""
-        shown = True
-        with self._source:
-            while data := self._read():
+        """Until the command, and all that it left behind, have closed it, or it has been over for long."""
+        assert self._source is not None  # noqa: S101 - what a type checker cannot know
+        left = _AFTERMATH_BYTES
+        with self._source as source:
+            while left > 0 and (data := self._read(source.fileno())):
                 self._keep(data)
-                shown = shown and wrote(self._target, data)
+                self._shown.put(data, waits=self._command_runs)
+                left -= 0 if self._command_runs() else len(data)
 
-    def _read(self) -> bytes:
-        self._idle_since = time.monotonic()
-        data = os.read(self._source.fileno(), 65536)
-        self._idle_since = None
-        return data
+    def _command_runs(self) -> bool:
+        return self._ended_at == math.inf
 
-    def finish(self) -> None:
-        """Wait for the end; what only a process in the background still holds open is let go."""
+    def _read(self, source: int) -> bytes:
+        """What comes next; nothing at the end, or when only what was left behind could still write."""
+        incoming = select.poll()
+        incoming.register(source, select.POLLIN)
+        silent_since = time.monotonic()
+        while not incoming.poll(_LOOK_SECONDS * 1000):
+            if time.monotonic() > max(silent_since, self._ended_at) + _SILENCE_SECONDS:
+                return b""
+            if time.monotonic() > self._deadline:
+                return b""
+        return os.read(source, 65536) if time.monotonic() < self._deadline else b""
+
+    def finish(self, relay: Relay) -> None:
+        """The command has ended: keep what it still said. A reader is not waited for, only `show_rest` does."""
+        self._deadline = time.monotonic() + _AFTERMATH_SECONDS
+        self._ended_at = time.monotonic()
         while self.is_alive():
-            self.join(0.02)
-            since = self._idle_since
-            if since is not None and time.monotonic() - since > _AFTERMATH_SECONDS:
-                return
+            self.join(0.05)
+            if relay.hurried:
+                self._deadline = min(self._deadline, self._ended_at + _HURRIED_SECONDS)
+
+    def show_rest(self, seconds: float | None) -> None:
+        """Wait until all is shown, or nobody reads it any more; None: however long that takes."""
+        if self._shown.is_alive():
+            self._shown.put(b"", waits=lambda: False)
+            self._shown.join(seconds)
 
     def _keep(self, data: bytes) -> None:
         self._total += len(data)
@@ -191,31 +273,48 @@ def wrote(target: int, data: bytes) -> bool:
     return True
 
 
-def execute(command: Sequence[str], relay: Relay, *, retry_failed: bool) -> dict[str, Any]:
-    """Run a command to its end: its exit code and what it printed.
+class Output:
+    """Our stdout and stderr while a command runs. What it said is shown to the end before this is left."""
 
-    Raises `NotStarted`, `Killed`, and where an exit code can be a failure `Failed`.
-    """
-    copies: list[_Copy] = []
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._copies = [_Copy(sys.stdout.fileno()), _Copy(sys.stderr.fileno())]
 
-    def start() -> subprocess.Popen[bytes]:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for copy in self._copies:
+            copy.show_rest(_HURRIED_SECONDS if self._relay.hurried else None)
+
+    def execute(self, command: Sequence[str], *, retry_failed: bool) -> dict[str, Any]:
+        """Run a command to its end: its exit code and what it printed.
+
+        Raises `NotStarted`, `EndUnknown`, and where an exit code can be a failure `Failed`.
+        """
+        try:
+            child = self._relay.run(lambda: self._start(command))
+            for copy in self._copies:
+                copy.finish(self._relay)
+            out, err = (copy.value() for copy in self._copies)
+        except NotStarted:
+            raise
+        except Exception as error:  # whatever it is: the command has been started
+            raise Lost(error) from error
+        if child.returncode < 0:
+            raise Killed(-child.returncode)
+        if child.returncode and retry_failed:
+            words = err.decode("utf-8", "replace") if isinstance(err, bytes) else err
+            raise Failed(child.returncode, words.rstrip().rpartition("\n")[2][:500])
+        return {"code": child.returncode, "stdout": out, "stderr": err}
+
+    def _start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
         child = _started(command)
-        for source, target in ((child.stdout, sys.stdout.fileno()), (child.stderr, sys.stderr.fileno())):
-            if source is not None:
-                copies.append(_Copy(source, target))
-                copies[-1].start()
+        for copy, source in zip(self._copies, (child.stdout, child.stderr), strict=True):
+            copy.begin(source)
         return child
-
-    child = relay.run(start)
-    for copy in copies:
-        copy.finish()
-    if child.returncode < 0:
-        raise Killed(-child.returncode)
-    out, err = (copy.value() for copy in copies)
-    if child.returncode and retry_failed:
-        words = err.decode("utf-8", "replace") if isinstance(err, bytes) else err
-        raise Failed(child.returncode, words.rstrip().rpartition("\n")[2][:500])
-    return {"code": child.returncode, "stdout": out, "stderr": err}
 
 
 def _started(command: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -236,7 +335,8 @@ def _started(command: Sequence[str]) -> subprocess.Popen[bytes]:
 def _end_with(parent: int) -> Callable[[], None]:
     """What the child does before it becomes the command: a command whose `ledger run` was killed ends too.
 
-    Otherwise it would go on while the next caller, told that it is in doubt, runs it again beside it.
+    What the command itself started is not reached and may go on. A descriptor that all inherit would not
+    tell either: many programs close those. So a doubt asks a person, unless --on-doubt says otherwise.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     blocked = {signal.SIGCHLD, *_PASSED_ON}

@@ -9,7 +9,7 @@ import click
 
 from ledger import InProgress, Record
 from ledger_cli.app import FAILURE, NOTHING_MATCHED
-from ledger_cli.grids import SHORT_CALL
+from ledger_cli.grids import short_call
 from ledger_cli.options import as_json, command, database, database_argument, opened, yes
 from ledger_cli.screen import Screen, confirmed, note
 from ledger_ops import acts
@@ -20,7 +20,7 @@ _NOTE = click.option("--note", default="", metavar="TEXT", help="Why; it is kept
 
 
 def _named(record: Record) -> str:
-    return f"{printable(record.short)} (call {record.call[:SHORT_CALL]})"
+    return f"{printable(record.short)} (call {short_call(record)})"
 
 
 def _tell(record: Record, text: str, *, json: bool) -> None:

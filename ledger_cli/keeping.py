@@ -57,12 +57,7 @@ def _megabytes(count: int) -> str:
 @click.option("--format", "form", type=click.Choice(["jsonl", "csv"]), default="jsonl", show_default=True)
 @click.option("--output", "-o", metavar="FILE", help="Write to a new file instead of stdout.")
 def export_command(
-    *,
-    db: str | None,
-    wanted: Filter,
-    limit: int | None,
-    form: Literal["jsonl", "csv"],
-    output: str | None,
+    *, db: str | None, wanted: Filter, limit: int | None, form: Literal["jsonl", "csv"], output: str | None
 ) -> int:
     """Write calls as lines of JSON, or as a table (CSV).
 
@@ -269,7 +264,9 @@ def _described(path: str) -> str:
     except LedgerError as error:
         return f"{path}, which cannot be read ({error}),"
     last = f", the newest record {clock(newest[0][0])}" if newest else ""
-    running = f", although these still run and their outcome would be lost: {owners_of(alive)}," if alive else ""
+    running = (
+        f", although these still run and their outcome would be lost: {owners_of(alive)}," if alive else ""
+    )
     return f"the ledger at {store.path} ({calls:,} calls{last}){running}"
 
 

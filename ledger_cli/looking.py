@@ -90,7 +90,8 @@ def _how_many_more(reader: Reader, wanted: Filter, shown: int) -> str:
     """The number only where it is had without reading every call."""
     if wanted != Filter(tool=wanted.tool, wf=wanted.wf):
         return "there are more"
-    return f"{reader.count(wanted) - shown:,} more"
+    more = reader.count(wanted) - shown
+    return f"{more:,} more" if more > 0 else "there are more"
 
 
 def _matched(wanted: Filter, *, found: bool) -> int:

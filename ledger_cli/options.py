@@ -165,7 +165,9 @@ def filters(function: Function) -> Function:
 
 def event_filters(function: Function) -> Function:
     """Give a command `wanted`: the filter of events that its options make."""
-    options = _filter_options("events of this kind", "happened", "the name of the tool, an error or a note")
+    options = _filter_options(
+        "events that made a call stand so", "happened", "the name of the tool, an error or a note"
+    )
     return _with_filter(function, options)
 
 
@@ -176,7 +178,10 @@ def _filter_options(standing: str, happened: str, searched: str) -> list[Callabl
         click.option("--wf", help="Only this workflow."),
         click.option("--caller", help="Only calls by this caller."),
         click.option(
-            "--since", type=TIME, metavar="TIME", help=f"Only what {happened} since: 2h (ago), 2026-05-01T14:30."
+            "--since",
+            type=TIME,
+            metavar="TIME",
+            help=f"Only what {happened} since: 2h (ago), 2026-05-01T14:30.",
         ),
         click.option("--until", type=TIME, metavar="TIME", help=f"Only what {happened} before."),
         click.option("--search", metavar="TEXT", help=f"Only with this text in {searched}."),

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import closing
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import click
 
 import ledger
-from ledger import Guard, InDoubt, InProgress, KeyConflict, Outcome
+from ledger import Guard, InDoubt, InProgress, KeyConflict, LedgerError, Outcome
 from ledger_cli.app import complain
-from ledger_cli.child import Failed, Killed, NotStarted, Relay, Stopped, execute, wrote
-from ledger_cli.grids import SHORT_CALL
+from ledger_cli.child import EndUnknown, Failed, NotStarted, Output, Relay, Stopped, wrote
+from ledger_cli.grids import short_call
 from ledger_cli.options import SECONDS, command, database
-from ledger_ops.reader import path_of
+from ledger_ops.reader import open_store, path_of
 from ledger_ops.values import clock, printable
 
 #: the name under which lists show these calls; their arguments are the command line
@@ -38,7 +40,8 @@ def _not_empty(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
     codes=(
         "The command's own, also when its recorded output is printed; 128 + n if a signal n killed it (it "
         "is in doubt then); 127 not found, 126 not executable (nothing ran); 1 for a key in use, a run that "
-        "is alive, a doubt, or a ledger that cannot be written (nothing ran); 2 usage."
+        "is alive, a doubt, an exit code that prune dropped, or a ledger that cannot be written (nothing "
+        "ran); 2 usage."
     ),
     context_settings={"allow_interspersed_args": False},
 )
@@ -65,9 +68,9 @@ def _not_empty(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
 @click.option(
     "--on-doubt",
     type=click.Choice(["rerun", "block"]),
-    default="rerun",
+    default="block",
     show_default=True,
-    help="What to do if the run before was killed.",
+    help="If the run before was killed: ask a person (block), or run it again, maybe beside what it left.",
 )
 @click.option(
     "--retry-failed", is_flag=True, help="An exit code other than 0 is a failure: it may run again."
@@ -89,14 +92,21 @@ def run_command(
 
     For cron jobs, deploy scripts and agents that use a shell. Its output is shown as it comes and is
     recorded with its exit code, whatever that is: whoever asks again with the key gets the same output
-    and the same exit code, and nothing runs. Another command with the key is an error. Signals are passed
-    on. The command line is recorded as it is, so keep secrets out of it.
+    (of more than 8 MB the first and the last 4) and the same exit code, and nothing runs. Another command
+    with the key is an error. Signals are passed on. The command line is recorded as it is, so keep
+    secrets out of it.
+
+    If this process is killed, so is the command, but not what that has started. Nobody knows then how far
+    it came: it is in doubt, and blocked until `ledger resolve` says, unless --on-doubt rerun.
     """
-    guard = Guard(path_of(db), workflow=wf, quiet=True)
+    path = path_of(db)
+    guard = Guard(path, workflow=wf, quiet=True)
     relay = Relay()
+    output = Output(relay)
 
     def shell(command: list[str]) -> dict[str, Any]:
-        return execute(command, relay, retry_failed=retry_failed)
+        _refuse_other_command(path)
+        return output.execute(command, retry_failed=retry_failed)
 
     options: dict[str, Any] = {
         "ttl": _seconds(ttl),
@@ -106,9 +116,17 @@ def run_command(
     }
     guard.policy(shell, name=TOOL, match=["command"], replay=True, **options)
     try:
-        with relay:
-            found = _asked(guard, shell, list(words), key)
+        with output, relay:
+            found: Outcome[dict[str, Any]] = guard.call(shell, list(words), ledger_key=key)
         return _told(found)
+    except LedgerError as error:
+        return _refused(error)
+    except Failed as ended:
+        return ended.code
+    except (NotStarted, EndUnknown) as ended:
+        doubt = "; it is in doubt now, see `ledger doubts`" if isinstance(ended, EndUnknown) else ""
+        complain(f"{ended}{doubt}")
+        return ended.code
     except Stopped as stopped:
         complain(str(stopped))
         return stopped.code
@@ -120,32 +138,35 @@ def _seconds(micros: int | None) -> timedelta | None:
     return None if micros is None else timedelta(microseconds=micros)
 
 
-def _asked(guard: Guard, shell: Any, words: list[str], key: str) -> Outcome[dict[str, Any]] | int:
-    """What the guard answers; the exit code where it is no outcome."""
-    try:
-        outcome: Outcome[dict[str, Any]] = guard.call(shell, words, ledger_key=key)
-        return outcome
-    except Failed as ended:
-        return ended.code
-    except NotStarted as ended:
-        complain(str(ended))
-        return ended.code
-    except Killed as ended:
-        complain(f"{ended}; it is in doubt now, see `ledger doubts` before it is run again")
-        return ended.code
-    except KeyConflict as error:
-        return complain(_conflict(error.record))
-    except InProgress as error:
-        more = "; wait for it with --wait 60" if error.record is None else ""
-        return complain(_in_progress(error.record) if error.record else f"{error}{more}")
-    except InDoubt as error:
-        return complain(_in_doubt(error.record))
+def _refuse_other_command(path: Path) -> None:
+    """A command that failed keeps its key; raises `KeyConflict`, which frees the key again for it.
+
+    The guard compares with what ran, runs or is in doubt: for it a failure frees the key altogether.
+    """
+    mine = ledger.current()
+    if mine is None or mine.run == 1:
+        return
+    with closing(open_store(path)) as store:
+        *before, own = [run for run in store.rows(mine.call) if run.run <= mine.run]
+        last = next((run for run in reversed(before) if not _ran_nothing(run)), None)
+        if last is not None and _failed(last) and last.matched != own.matched:
+            raise KeyConflict("nothing ran: the key belongs to another command", store.describe([last]))
 
 
-def _told(found: Outcome[dict[str, Any]] | int) -> int:
+def _failed(run: ledger.Run) -> bool:
+    return run.status == "failed" and _error_of(run) == Failed.__name__
+
+
+def _ran_nothing(run: ledger.Run) -> bool:
+    return run.status == "failed" and _error_of(run) in (NotStarted.__name__, KeyConflict.__name__)
+
+
+def _error_of(run: ledger.Run) -> str:
+    return (run.error or "").partition(":")[0]
+
+
+def _told(found: Outcome[dict[str, Any]]) -> int:
     """Print what a duplicate gets; the exit code of the command."""
-    if isinstance(found, int):
-        return found
     value: Any = found.value
     if isinstance(value, dict) and "code" in value:
         if not found.executed:
@@ -153,28 +174,45 @@ def _told(found: Outcome[dict[str, Any]] | int) -> int:
                 text = value.get(name, "")
                 wrote(stream.fileno(), text if isinstance(text, bytes) else str(text).encode())
         return int(value["code"])
+    done = f"{_which(found.record)} is done already"
+    if found.record.args_json is None:
+        return complain(f"{done}, but `ledger prune` dropped its exit code and its output; nothing ran")
     # a person marked it done: what is known then is what that person said
-    complain(f"{_which(found.record)} is done already and no output was recorded; nothing ran")
+    complain(f"{done} and no output was recorded; nothing ran")
     return value if isinstance(value, int) else 0
 
 
 # -- words --
 
 
+def _refused(error: LedgerError) -> int:
+    """Say why nothing ran, in the words of this command; the exit code of a failure."""
+    if isinstance(error, KeyConflict):
+        return complain(_conflict(error.record))
+    if isinstance(error, InDoubt):
+        return complain(_in_doubt(error.record))
+    if isinstance(error, InProgress) and error.record is not None:
+        return complain(_in_progress(error.record))
+    more = "; wait for it with --wait 60" if isinstance(error, InProgress) else ""
+    return complain(f"{error}{more}")
+
+
 def _which(record: ledger.Record) -> str:
-    return f"call {record.call[:SHORT_CALL]}"
+    return f"call {short_call(record)}"
 
 
 def _command_of(record: ledger.Record) -> str:
-    words = record.args.get("command", ()) if record.args_json else ()
-    return printable(shlex.join(map(str, words)))
+    """The command line in quotes; prune drops it and leaves its digest."""
+    if not record.args_json:
+        return "whose words `ledger prune` dropped"
+    return f"`{printable(shlex.join(map(str, record.args.get('command', ()))))}`"
 
 
 def _conflict(record: ledger.Record | None) -> str:
     if record is None:
         return "nothing ran: the key belongs to another command; use another key"
     return (
-        f"nothing ran: the key belongs to another command, `{_command_of(record)}` ({_which(record)}, "
+        f"nothing ran: the key belongs to another command, {_command_of(record)} ({_which(record)}, "
         f"{clock(record.started)}); use another key for another action"
     )
 
@@ -189,9 +227,8 @@ def _in_progress(record: ledger.Record) -> str:
 def _in_doubt(record: ledger.Record | None) -> str:
     if record is None:
         return "nothing ran: the run before ended without a known outcome; see `ledger doubts`"
-    short = record.call[:SHORT_CALL]
     return (
         f"nothing ran: run {record.run} of {_which(record)}, started {clock(record.started)}, ended without "
-        f"a known outcome; find out whether it took effect, then `ledger resolve {short} --done` or "
-        "`--not-done`"
+        f"a known outcome; find out whether it took effect and whether anything of it still runs, then "
+        f"`ledger resolve {short_call(record)} --done` or `--not-done`"
     )

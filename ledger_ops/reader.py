@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ledger
 import ledger_stores as stores
 from ledger import Record, Run, SqliteStore, Status, StoreError, UsageError
-from ledger_ops.values import Detail, Event, Filter, Gap, Page, Stats, Sums, clock, decode, state_of
+from ledger_ops.values import Detail, Event, Filter, Gap, Page, State, Stats, Sums, clock, decode, state_of
 from ledger_stores.base import ServerStore, without_password
 
 #: what can be looked at by the SQL that SQLite and PostgreSQL have in common; marks are `?` or `:name`
@@ -354,10 +356,19 @@ class Reader:
     # -- sums --
 
     def stats(self, wanted: Filter = Filter()) -> Stats:  # noqa: B008 - frozen
-        """Sums of all calls, or of the runs that are wanted (by when they started), and by tool."""
+        """Sums of all calls, or of the runs that are wanted (by when they started), and by tool.
+
+        With a status: of all runs of the calls that stand so.
+        """
         if not wanted.narrows:
             return _stats({tool: Sums(**sums) for tool, sums in self.store.totals().items()})
-        where, values = _conditions(wanted)
+        if wanted.status in ("running", "in_doubt"):
+            return self._stats_of_few(wanted)
+        where, values = _conditions(replace(wanted, status=None))
+        if wanted.status is not None:
+            latest = _LATEST.replace("l.", "m.").replace("AS l", "AS m").replace("r.", "l.")
+            stands = _stands(wanted.status, "l.")
+            where += f" AND EXISTS (SELECT 1 FROM runs AS l WHERE l.call = r.call AND {stands} AND {latest})"
         tools: dict[str, Sums] = {}
         sql = (
             f"SELECT r.tool, COUNT(*) FILTER (WHERE {_FIRST}), COUNT(*),"
@@ -374,6 +385,15 @@ class Reader:
         )
         for tool, actions, attempts, executed in self.store.browse(sql, tally_values):
             tools.setdefault(tool, Sums()).add(Sums(actions, attempts, executed))
+        return _stats(tools)
+
+    def _stats_of_few(self, wanted: Filter) -> Stats:
+        """Sums of calls that run or are in doubt, which rows alone do not tell apart."""
+        tools: dict[str, Sums] = {}
+        for record in self.stream(wanted):
+            sums = Sums(1, record.attempts, record.runs, record.blocked)
+            setattr(sums, str(wanted.status), 1)
+            tools.setdefault(record.tool, Sums()).add(sums)
         return _stats(tools)
 
     def _add_ends(self, tools: dict[str, Sums], where: str, values: dict[str, Any]) -> None:
@@ -475,15 +495,32 @@ def _conditions(wanted: Filter, r: str = "r.") -> tuple[str, dict[str, Any]]:
         parts.append(f"{r}started >= :since")
     if wanted.until is not None:
         parts.append(f"{r}started < :until")
-    if wanted.status in ("running", "in_doubt"):
-        parts.append(f"({r}status = 'running' OR {r}status = 'doubt')")
-    elif wanted.status is not None:
-        parts.append(f"{r}status = :status")
-        values["status"] = wanted.status
+    if wanted.status is not None:
+        parts.append(_stands(wanted.status, r))
     if wanted.search:
-        columns = ("tool", "args", "key", "result", "error")
-        parts.append("(" + " OR ".join(f"{r}{name} LIKE :search ESCAPE '\\'" for name in columns) + ")")
+        parts.append(
+            _contains(wanted.search, *(f"{r}{name}" for name in ("tool", "args", "key", "result", "error")))
+        )
     return "".join(f" AND {part}" for part in parts), values
+
+
+def _stands(status: State, r: str) -> str:
+    """That the latest run of a call makes it stand so; whose owner is over only the store can tell."""
+    late = f"{r}late = 'success'"
+    return {
+        "running": f"{r}status = 'running'",
+        "success": f"({r}status = 'success' OR {r}status = 'doubt' AND {late})",
+        "failed": f"({r}status = 'failed' OR {r}status = 'doubt' AND {r}released = 1 AND COALESCE({r}late, '') <> 'success')",
+        "suspended": f"{r}status = 'suspended'",
+        "in_doubt": f"({r}status = 'running' OR {r}status = 'doubt' AND {r}released = 0 AND COALESCE({r}late, '') <> 'success')",
+    }[status]
+
+
+def _contains(text: str, *columns: str) -> str:
+    """That a column has the text, as it is or as JSON writes it."""
+    ways = (":search",) if json.dumps(text)[1:-1] == text else (":search", ":search_json")
+    marks = (f"{name} LIKE {way} ESCAPE '\\'" for name in columns for way in ways)
+    return f"({' OR '.join(marks)})"
 
 
 def _event_conditions(wanted: Filter) -> tuple[str, dict[str, Any]]:
@@ -496,7 +533,7 @@ def _event_conditions(wanted: Filter) -> tuple[str, dict[str, Any]]:
         values["status"] = {"in_doubt": "doubt", "running": "claimed"}.get(wanted.status, wanted.status)
         parts.append("kind = :status")
     if wanted.search:
-        parts.append("(tool LIKE :search ESCAPE '\\' OR detail LIKE :search ESCAPE '\\')")
+        parts.append(_contains(wanted.search, "tool", "detail"))
     return "".join(f" AND {part}" for part in parts), values
 
 
@@ -509,8 +546,7 @@ def _tally_conditions(wanted: Filter) -> tuple[str, dict[str, Any]]:
     if wanted.status is not None:
         parts.append({"success": "error IS NULL", "failed": "error IS NOT NULL"}.get(wanted.status, "1 = 0"))
     if wanted.search:
-        columns = ("tool", "args", "error")
-        parts.append("(" + " OR ".join(f"{name} LIKE :search ESCAPE '\\'" for name in columns) + ")")
+        parts.append(_contains(wanted.search, "tool", "args", "error"))
     return " AND ".join(parts) or "1 = 1", values
 
 
@@ -531,6 +567,8 @@ def _common(wanted: Filter, r: str) -> tuple[list[str], dict[str, Any]]:
         if getattr(wanted, name) is not None:
             values[name] = getattr(wanted, name)
     if wanted.search:
-        escaped = wanted.search.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
-        values["search"] = f"%{escaped}%"
+        written = json.dumps(wanted.search)[1:-1]
+        for name, text in (("search", wanted.search), ("search_json", written)):
+            escaped = text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+            values[name] = f"%{escaped}%"
     return parts, values

@@ -258,10 +258,16 @@ def decode(text: str | None) -> Any:
 
 
 def state_of(record: Record) -> str:
-    """The status by its name in filters and lists; a run whose owner is over is in doubt."""
-    if record.in_doubt and not record.released:
-        return "in_doubt"
-    return "in_doubt" if record.status.value == "doubt" else record.status.value
+    """The status by its name in filters and lists.
+
+    A run whose owner is over is in doubt. A doubt that was released counts as failed, because it runs
+    again; one whose success came late as success, because it does not.
+    """
+    if record.status.value != "doubt":
+        return "in_doubt" if record.in_doubt and not record.released else record.status.value
+    if record.late == "success":
+        return "success"
+    return "failed" if record.released else "in_doubt"
 
 
 def add(sums: list[int], counts: Sequence[int]) -> None:

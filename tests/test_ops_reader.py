@@ -11,8 +11,8 @@ import pytest
 
 from ledger import Guard, MemoryStore, StoreError, UsageError
 from ledger_ops.reader import NoLedger, NoSuchCall, Reader, open_store
-from ledger_ops.values import Filter, parse_span, parse_time, printable, state_of
-from ledger_stores.testing import claim
+from ledger_ops.values import STATES, Filter, parse_span, parse_time, printable, state_of
+from ledger_stores.testing import claim, granted, settle
 from tests.actors import Stage, stage
 
 HELD: list[BaseException] = []
@@ -363,3 +363,36 @@ def test_a_call_that_was_unlimited_once_is_found(guard: Guard, reader: Reader) -
 
     assert call == reader.find(call[:10])
     assert "success" == reader.call(call).record.status
+
+
+@pytest.mark.parametrize("text", ["é", "漢", 'he said "hi"', "a\\b", "tab\there"])
+def test_text_is_found_as_people_write_it(guard: Guard, reader: Reader, text: str) -> None:
+    """Signs that JSON writes in another way are found in arguments and results."""
+    guard(charge, 500, note=f"before {text} after")
+
+    assert [500] == [r.args["order"] for r in reader.calls(Filter(search=text)).records]
+    assert 1 == reader.count(Filter(search=text)) == reader.stats(Filter(search=text)).total.actions
+
+
+def test_lists_counts_and_sums_agree_on_every_status(guard: Guard, reader: Reader) -> None:
+    """Also where a doubt was released, or its success came late."""
+    for order in (200, 201):
+        HELD.append(KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            guard(charge, order)
+    guard.retry(charge, 200)
+    store = reader.store
+    late = granted(store, call="a" * 32, lease=1)
+    granted(store, call="a" * 32, max=2)
+    store.transact(settle(late))
+    latest = store.rows("a" * 32)[-1]
+    store.transact(settle(latest, "doubt"))
+
+    for status in STATES:
+        wanted = Filter(status=status)
+        found = list(reader.stream(wanted))
+        assert {status} >= {state_of(r) for r in found}
+        assert len(found) == reader.count(wanted) == reader.stats(wanted).total.actions
+        assert sum(r.attempts for r in found) == reader.stats(wanted).total.attempts
+    assert [77, 201] == [r.args["order"] for r in reader.doubts() if r.args]
+    assert 200 in [r.args["order"] for r in reader.stream(Filter(status="failed")) if "order" in r.args]
