@@ -124,7 +124,7 @@ def _stand_in_for_closed_streams() -> None:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is the one that lacks
-            os.set_inheritable(number, True)
+            os.set_inheritable(number, True)  # noqa: FBT003 - it takes no keyword
             mode = "r" if name == "stdin" else "w"
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 

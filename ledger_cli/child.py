@@ -29,7 +29,7 @@ _LOOK_SECONDS = 0.25
 #: that may go on speaking, and how much of it is listened to (a pipe holds less of the command's own)
 _SILENCE_SECONDS, _AFTERMATH_SECONDS, _AFTERMATH_BYTES = 1.0, 3.0, 1 << 20
 #: how long a reader who does not read may take when we were told to end
-_HURRIED_SECONDS = 0.3
+_HURRIED_SECONDS = 1.0
 #: so many pieces of output wait for their reader before the command has to wait for him
 _PIECES = 16
 
@@ -180,6 +180,7 @@ class _Copy(threading.Thread):
         self._source: IO[bytes] | None = None
         self._head, self._tail, self._total = bytearray(), bytearray(), 0
         self._ended_at = self._deadline = math.inf
+        self._silence = _SILENCE_SECONDS
 
     def begin(self, source: IO[bytes] | None) -> None:
         """Copy what comes from there."""
@@ -206,20 +207,18 @@ class _Copy(threading.Thread):
         incoming.register(source, select.POLLIN)
         silent_since = time.monotonic()
         while not incoming.poll(_LOOK_SECONDS * 1000):
-            if time.monotonic() > max(silent_since, self._ended_at) + _SILENCE_SECONDS:
-                return b""
-            if time.monotonic() > self._deadline:
+            if time.monotonic() > max(silent_since, self._ended_at) + self._silence:
                 return b""
         return os.read(source, 65536) if time.monotonic() < self._deadline else b""
 
     def finish(self, relay: Relay) -> None:
-        """The command has ended: keep what it still said. A reader is not waited for, only `show_rest` does."""
+        """The command has ended: keep what it still said; for a reader only `show_rest` waits."""
         self._deadline = time.monotonic() + _AFTERMATH_SECONDS
         self._ended_at = time.monotonic()
         while self.is_alive():
             self.join(0.05)
             if relay.hurried:
-                self._deadline = min(self._deadline, self._ended_at + _HURRIED_SECONDS)
+                self._silence = 0
 
     def show_rest(self, seconds: float | None) -> None:
         """Wait until all is shown, or nobody reads it any more; None: however long that takes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 
@@ -11,7 +11,8 @@ from ledger import InProgress, Record
 from ledger_cli.app import FAILURE, NOTHING_MATCHED
 from ledger_cli.grids import short_call
 from ledger_cli.options import as_json, command, database, database_argument, opened, yes
-from ledger_cli.screen import Screen, confirmed, note
+from ledger_cli.screen import Screen, confirmed
+from ledger_cli.screen import note as tell
 from ledger_ops import acts
 from ledger_ops.reader import Reader
 from ledger_ops.values import Filter, printable, record_dict, state_of
@@ -103,25 +104,28 @@ def resolve_command(
 
 @command(
     "clear",
-    examples=("ledger clear --wf order-17", "ledger clear orders.db --yes"),
+    examples=("ledger clear --wf order-17", 'ledger clear orders.db --yes --note "test data"'),
     json_form="{forgotten: how many calls, wf}",
     codes="1: also if the answer was no. 3: --wf was given and has no calls.",
 )
 @database_argument
 @click.option("--wf", help="Only this workflow.")
 @click.option("--force", is_flag=True, help="Also while runs are alive: they may then run beside themselves.")
+@_NOTE
 @yes
 @as_json
-def clear_command(*, db: str | None, wf: str | None, force: bool, yes: bool, json: bool) -> int:
+def clear_command(*, db: str | None, wf: str | None, force: bool, note: str, yes: bool, json: bool) -> int:
     """Forget calls, so that each could run again.
 
-    What happened stays in the events.
+    What happened stays in the events, and who forgot it.
     """
     store = opened(db)
     scope = f"workflow {printable(wf)}" if wf is not None else "all workflows"
     count = Reader(store).count(Filter(wf=wf))
     if not count:
-        note(f"there are no calls in {scope}; nothing was changed")
+        tell(f"there are no calls in {scope}; nothing was changed")
+        if json:
+            Screen().json({"forgotten": 0, "wf": wf})
         return NOTHING_MATCHED if wf is not None else 0
     alive = acts.alive_in(store, wf)
     if alive and not force:
@@ -131,10 +135,9 @@ def clear_command(*, db: str | None, wf: str | None, force: bool, yes: bool, jso
     what = f"{count:,} calls of {scope} in {store.address} would be forgotten and could run again{warning}"
     if not confirmed(what, "Forget them?", yes=yes):
         return FAILURE
-    forgotten = acts.clear(store, wf, force=force)
+    forgotten = acts.clear(store, wf, force=force, actor=acts.who(), note=note)
     if json:
-        values: dict[str, Any] = {"forgotten": forgotten, "wf": wf}
-        Screen().json(values)
+        Screen().json({"forgotten": forgotten, "wf": wf})
     else:
         Screen().line(f"forgot {forgotten:,} calls of {scope}")
     return 0

@@ -211,7 +211,7 @@ def backup_command(*, file: str, db: str | None, json: bool) -> None:
 @command(
     "restore",
     examples=("ledger restore /backups/ledger-2026-05-01.db", "ledger restore copy.db --db orders.db --yes"),
-    json_form="{path, calls, gap: {since, until} or null, kept: where the former ledger was saved, or null}",
+    json_form="{path, calls, gap: {since, until}, kept: where the former ledger was saved, or null}",
     codes="1: also if the answer was no.",
 )
 @click.argument("file", type=click.Path())
@@ -237,23 +237,20 @@ def restore_command(*, file: str, db: str | None, yes: bool, json: bool) -> int:
     found = restore(file, target, actor=who())
     screen = Screen()
     if json:
-        gap = found.gap.to_dict() if found.gap else None
+        gap = found.gap.to_dict()
         screen.json(
             {"path": str(Path(target).absolute()), "calls": found.calls, "gap": gap, "kept": found.kept}
         )
         return 0
     screen.line(f"restored {found.calls:,} calls to {printable(target)}")
-    if found.gap:
-        screen.line(
-            f"calls made between {clock(found.gap.since)} and {clock(found.gap.until)} are unknown to it"
-        )
+    screen.line(f"calls made between {clock(found.gap.since)} and {clock(found.gap.until)} are unknown to it")
     if found.kept:
         screen.line(f"the former ledger was kept as {printable(found.kept)}")
     return 0
 
 
 def _described(path: str) -> str:
-    """What a restore would replace, and whose outcome would be lost; a damaged file is what restores are for."""
+    """What a restore would replace, and who uses it; a damaged file is what restores are for."""
     from ledger_ops.acts import alive_in, owners_of
 
     try:
@@ -264,9 +261,7 @@ def _described(path: str) -> str:
     except LedgerError as error:
         return f"{path}, which cannot be read ({error}),"
     last = f", the newest record {clock(newest[0][0])}" if newest else ""
-    running = (
-        f", although these still run and their outcome would be lost: {owners_of(alive)}," if alive else ""
-    )
+    running = f", although these still run and would be unknown: {owners_of(alive)}," if alive else ""
     return f"the ledger at {store.path} ({calls:,} calls{last}){running}"
 
 

@@ -59,7 +59,14 @@ def resolve(
     if result_json is not None:
         if not done:
             raise UsageError("what was not done has no result; give a result with --done only")
-        result_json = ledger._store_form(json.loads(result_json))  # a "$" of the user's is no mark of ours
+        try:
+            result_json = ledger._store_form(
+                json.loads(result_json)
+            )  # a "$" of the user's is no mark of ours
+        except (ValueError, RecursionError) as error:
+            raise UsageError(
+                f"the result is no JSON that can be kept ({error}); nothing was resolved"
+            ) from None
     last = _rows(store, call)[-1]
     why = _why("mark done" if done else "mark not done", actor, note)
     op = ledger.Resolve(

@@ -14,7 +14,20 @@ from typing import Any
 import ledger
 import ledger_stores as stores
 from ledger import Record, Run, SqliteStore, Status, StoreError, UsageError
-from ledger_ops.values import Detail, Event, Filter, Gap, Page, State, Stats, Sums, clock, decode, state_of
+from ledger_ops.values import (
+    Detail,
+    Event,
+    Filter,
+    Found,
+    Gap,
+    Page,
+    State,
+    Stats,
+    Sums,
+    clock,
+    decode,
+    state_of,
+)
 from ledger_stores.base import ServerStore, without_password
 
 #: what can be looked at by the SQL that SQLite and PostgreSQL have in common; marks are `?` or `:name`
@@ -254,8 +267,12 @@ class Reader:
         wanted: Filter = Filter(),  # noqa: B008 - frozen
         *,
         limit: int | None = None,
+        after: tuple[int, str] | None = None,
     ) -> list[Record]:
-        """Calls that wait for a person, oldest first: in doubt and not released, or their owner is over."""
+        """Calls that wait for a person, oldest first: in doubt and not released, or their owner is over.
+
+        `after` is the start and the call of the last one that is known.
+        """
         where, values = _conditions(wanted)
         doubtful = (
             f"SELECT {_COLUMNS} FROM runs AS r INDEXED BY open_ends WHERE r.status <> 'running' AND"
@@ -263,7 +280,8 @@ class Reader:
         )
         running = f"SELECT {_COLUMNS} FROM runs AS r WHERE r.status = 'running'{where}"
         rows = self.store.browse(doubtful, values) + self.store.browse(running, values)
-        records = (self._describe(run) for run in sorted(map(Run._make, rows), key=lambda run: run.started))
+        runs = sorted(map(Run._make, rows), key=lambda run: (run.started, run.call))
+        records = (self._describe(r) for r in runs if after is None or (r.started, r.call) > after)
         waiting = (record for record in records if record.in_doubt and state_of(record) == "in_doubt")
         return list(itertools.islice(waiting, limit))
 
@@ -297,6 +315,68 @@ class Reader:
         where, values = _event_conditions(wanted)
         sql = f"SELECT {_EVENT_COLUMNS} FROM events WHERE 1 = 1{where} ORDER BY seq DESC LIMIT :limit"
         return [Event(*row) for row in reversed(self.store.browse(sql, {**values, "limit": limit}))]
+
+    def look_back(
+        self,
+        limit: int,
+        wanted: Filter = Filter(),  # noqa: B008 - frozen
+        *,
+        seconds: float | None = None,
+    ) -> Found:
+        """The newest events, oldest first, as far back as the time allows."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        where, values = _event_conditions(wanted)
+        before, found, reached = self.last_seq() + 1, list[Event](), None
+        while before > 0 and len(found) < limit:
+            first = self._seq_before(before, _SEARCH_WINDOW)
+            sql = (
+                f"SELECT {_EVENT_COLUMNS} FROM events WHERE seq < :before AND seq >= :first{where}"
+                " ORDER BY seq DESC LIMIT :limit"
+            )
+            scope = {"before": before, "first": first, "limit": limit - len(found)}
+            found += [Event(*row) for row in self.store.browse(sql, {**values, **scope})]
+            before = first
+            if before > 0 and deadline is not None and time.monotonic() > deadline and len(found) < limit:
+                reached = self._time_of(before)
+                return Found(found[::-1], before, complete=False, reached=reached)
+        return Found(found[::-1], before)
+
+    def look_on(
+        self,
+        after: int,
+        wanted: Filter = Filter(),  # noqa: B008 - frozen
+        *,
+        limit: int = 500,
+        seconds: float | None = None,
+    ) -> Found:
+        """What happened after that number, oldest first, as far on as the time allows; `upto` goes on."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        last, found = self.last_seq(), list[Event]()
+        while after < last:
+            upto = self._seq_after(after, _SEARCH_WINDOW) or last
+            where, values = _event_conditions(wanted)
+            sql = (
+                f"SELECT {_EVENT_COLUMNS} FROM events WHERE seq > :after AND seq <= :upto{where}"
+                " ORDER BY seq LIMIT :limit"
+            )
+            scope = {"after": after, "upto": upto, "limit": limit - len(found)}
+            found += [Event(*row) for row in self.store.browse(sql, {**values, **scope})]
+            if len(found) >= limit:
+                return Found(found, found[-1].seq)
+            after = upto
+            if after < last and deadline is not None and time.monotonic() > deadline:
+                return Found(found, after, complete=False, reached=self._time_of(after))
+        return Found(found, max(after, last))
+
+    def _seq_before(self, before: int, count: int) -> int:
+        """The number of the event that came so many events earlier, 0 before the first."""
+        sql = "SELECT seq FROM events WHERE seq < ? ORDER BY seq DESC LIMIT 1 OFFSET ?"
+        rows = self.store.browse(sql, (before, count - 1))
+        return int(rows[0][0]) if rows else 0
+
+    def _time_of(self, seq: int) -> int | None:
+        rows = self.store.browse("SELECT at FROM events WHERE seq >= ? ORDER BY seq LIMIT 1", (seq,))
+        return rows[0][0] if rows else None
 
     def last_seq(self) -> int:
         """The number of the newest event, 0 if there is none."""

@@ -11,9 +11,11 @@ import sqlite3
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from ledger import StoreError
 from ledger_ops.reader import Reader
 from ledger_ops.values import add
 
@@ -80,6 +82,7 @@ class Rollup:
         self.first: int | None = None
         self.last: int | None = None
         self._restored = 0
+        self._closed = False
         self._lock = threading.Lock()
         self._advancing = threading.Lock()
         # "" is a database on disk without a name; memory would hold what a million workflows need
@@ -89,7 +92,16 @@ class Rollup:
     def close(self) -> None:
         """Give the temporary database back."""
         with self._advancing, self._lock:
+            self._closed = True
             self._db.close()
+
+    @contextmanager
+    def _figures(self) -> Iterator[sqlite3.Connection]:
+        """The database, for one thread at a time; raises `StoreError` when it was given back."""
+        with self._lock:
+            if self._closed:
+                raise StoreError("these figures were given back meanwhile; ask again")
+            yield self._db
 
     def advance(self, seconds: float) -> bool:
         """Read more of the event sequence, for at most so long; True when all of it is counted."""
@@ -109,7 +121,7 @@ class Rollup:
                     self._begin_anew()
                     continue
                 added = _added(row for row in rows if row[1] != "restored")
-                with self._lock:
+                with self._figures():
                     self._apply(added)
                     self.seq = upto
                     self.progress = min(upto / target, 1.0)
@@ -117,7 +129,7 @@ class Rollup:
                     return False
 
     def _begin_anew(self) -> None:
-        with self._lock:
+        with self._figures():
             for table in ("minutes", "hours", "tools", "durations", "workflows", "callers"):
                 self._db.execute(f"DELETE FROM {table}")
             self.seq, self.progress, self.first, self.last = 0, 0.0, None, None
@@ -177,8 +189,8 @@ class Rollup:
             " WHERE minute >= ? AND minute < ? AND (?3 IS NULL OR tool = ?3) GROUP BY 1"
         )
         bounds = (begin * minutes // unit, (begin + size) * minutes // unit, tool)
-        with self._lock:
-            rows = self._db.execute(sql, bounds).fetchall()
+        with self._figures() as db:
+            rows = db.execute(sql, bounds).fetchall()
         for place, *counts in rows:
             for figure, count in zip(figures, counts, strict=True):
                 figure[place - begin] = count
@@ -186,11 +198,11 @@ class Rollup:
 
     def tools(self) -> list[ToolRow]:
         """All tools, the busiest first."""
-        with self._lock:
-            rows: list[Any] = self._db.execute(
+        with self._figures() as db:
+            rows: list[Any] = db.execute(
                 "SELECT * FROM tools ORDER BY executed + blocked + failed DESC, tool"
             ).fetchall()
-            buckets = self._db.execute("SELECT * FROM durations ORDER BY tool, bucket").fetchall()
+            buckets = db.execute("SELECT * FROM durations ORDER BY tool, bucket").fetchall()
         durations: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for tool, bucket, n in buckets:
             durations[tool].append((bucket, n))
@@ -213,8 +225,8 @@ class Rollup:
         ]
 
     def _select(self, sql: str, limit: int) -> list[Any]:
-        with self._lock:
-            return self._db.execute(sql, (limit,)).fetchall()
+        with self._figures() as db:
+            return db.execute(sql, (limit,)).fetchall()
 
 
 _NICE_MINUTES = (1, 2, 5, 10, 15, 30, 60, 120, 180, 360, 720, 1440)

@@ -87,6 +87,19 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """Some events, oldest first."""
+
+    events: list[Event]
+    #: the number up to which (looking back: from which) was looked
+    upto: int
+    #: False if the time that was allowed ended before enough was found
+    complete: bool = True
+    #: the time up to which was looked then
+    reached: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Detail:
     """All that is known of one call."""
 

@@ -14,10 +14,10 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self
 
 from tests.actors import PATIENCE, eventually
 
@@ -136,6 +136,27 @@ def make_shop(path: Path) -> Path:
     return path
 
 
+def run_closed(*closed: int, words: Sequence[object]) -> Done:
+    """Run `ledger` with some of stdin, stdout and stderr closed, as by `>&-`; the rest is read."""
+
+    def close() -> None:
+        for number in closed:
+            os.close(number)
+
+    done = subprocess.run(
+        [COMMAND, *map(str, words)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=close,  # noqa: PLW1509 - system calls only
+        encoding="utf-8",
+        env=environment(),
+        timeout=PATIENCE,
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
 def copied(source: Path, folder: Path) -> Path:
     """The same ledger in another folder, with what a killed process left beside it."""
     for suffix in ("", "-wal"):
@@ -147,13 +168,19 @@ def copied(source: Path, folder: Path) -> Path:
 class Terminal:
     """A command on a pseudo-terminal of its own, which is its controlling one."""
 
-    def __init__(self, *words: object, columns: int = 100, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *words: object,
+        columns: int = 100,
+        env: Mapping[str, str] | None = None,
+        stdout: IO[bytes] | None = None,
+    ) -> None:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         self.process = subprocess.Popen(
             [COMMAND, *map(str, words)],
             stdin=slave,
-            stdout=slave,
+            stdout=slave if stdout is None else stdout,
             stderr=slave,
             env=environment(env),
             start_new_session=True,
@@ -224,7 +251,13 @@ def on_terminal(*words: object, columns: int = 100, env: Mapping[str, str] | Non
 class Background:
     """A command that goes on, its lines read one by one."""
 
-    def __init__(self, *words: object, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
+    def __init__(
+        self,
+        *words: object,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        reads: bool = True,
+    ) -> None:
         self.process = subprocess.Popen(
             [COMMAND, *map(str, words)],
             stdin=subprocess.DEVNULL,
@@ -236,8 +269,23 @@ class Background:
         )
         self._said: list[str] = []
         self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
+        if reads:
+            self._listener.start()
         self._taken = 0
+
+    def listen(self) -> None:
+        """Begin to read what it says, if it was started with `reads=False`."""
+        self._listener.start()
+
+    def waiting(self) -> int:
+        """How many bytes on stdout nobody has read yet."""
+        assert self.process.stdout is not None
+        return int.from_bytes(fcntl.ioctl(self.process.stdout, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+    def has_open(self, name: str) -> bool:
+        """Whether it has a file open whose name begins so."""
+        files = [link.readlink().name for link in Path(f"/proc/{self.process.pid}/fd").iterdir()]
+        return any(file.startswith(name) for file in files)
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
@@ -273,7 +321,8 @@ class Background:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait(PATIENCE)
-        self._listener.join(PATIENCE)
+        if self._listener.is_alive():
+            self._listener.join(PATIENCE)
         for pipe in (self.process.stdout, self.process.stderr):
             if pipe is not None:
                 pipe.close()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 import tarfile
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,11 @@ import pytest
 import ledger
 from ledger_cli.app import COMMANDS
 from tests.actors import PATIENCE
-from tests.cli_kit import COMMAND, Terminal, copied, environment, make_shop, on_terminal, run
+from tests.cli_kit import COMMAND, Terminal, copied, environment, make_shop, on_terminal, run, run_closed
 
 ROOT = Path(__file__).resolve().parent.parent
-READS = ("show", "tail", "stats", "doubts", "brief", "export", "doctor")
 ESCAPE = "\x1b"
+READS = ("show", "tail", "stats", "doubts", "brief", "export", "doctor")
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shop(made: Path, tmp_path: Path) -> Path:
     """A shop's ledger of one's own."""
     return copied(made, tmp_path)
+
+
+def call_of(db: Path, tool: str) -> str:
+    """The fingerprint of a tool's newest call."""
+    return run("show", db, "--tool", tool).rows[0]["call"]
 
 
 # -- help --
@@ -203,8 +210,6 @@ def test_a_file_that_is_no_ledger_is_named_as_such(tmp_path: Path) -> None:
 
 def test_a_database_of_another_program_is_left_alone(tmp_path: Path) -> None:
     """An SQLite file that is no ledger gets no table of ours."""
-    import sqlite3
-
     other = tmp_path / "notes.db"
     with sqlite3.connect(other) as db:
         db.execute("CREATE TABLE notes (text)")
@@ -250,6 +255,7 @@ def test_options_may_stand_anywhere(shop: Path) -> None:
         (("--status", "great"), "'great' is not one of"),
         (("--limit", "0"), "0 is not in the range"),
         (("--since", "999999999999w"), "is too far away"),
+        (("--limit", "9" * 23), "is not in the range"),
         (("--search", "\udcff"), "is no text in UTF-8"),
     ],
 )
@@ -276,12 +282,26 @@ def test_what_others_wrote_cannot_drive_a_terminal(words: tuple[str, ...], shop:
 
 def test_one_call_cannot_drive_a_terminal_either(shop: Path) -> None:
     """`inspect` shows the same texts in full, with their traceback, and as harmless."""
-    [call] = [row["call"] for row in run("show", shop, "--tool", "nasty").rows]
-
-    done = run("inspect", call, "--db", shop)
+    done = run("inspect", call_of(shop, "nasty"), "--db", shop)
 
     assert not re.findall(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", done.out)
     assert r"ValueError: \x1b[2J\x1b]0;owned\x07 \u202e reversed \x9b31m" in done.out
+
+
+def test_an_imported_fingerprint_cannot_drive_a_terminal(shop: Path) -> None:
+    """A fingerprint and a late end that no guard of ours wrote are shown escaped, too."""
+    call = call_of(shop, "send_email")
+    with closing(sqlite3.connect(shop)) as db, db:
+        db.execute(
+            "UPDATE runs SET late = ?, call = ? WHERE call = ?", ("\x1b[2J", f"{call[:8]}\x1b[2J", call)
+        )
+
+    shown = [run(*words, "--db", shop) for words in (("show",), ("inspect", call[:8]), ("retry", call[:8]))]
+    shown.append(on_terminal("show", shop, env={"NO_COLOR": "1"}))
+
+    assert [0] * 4 == [done.code for done in shown]
+    assert not [done for done in shown if ESCAPE in done.out]
+    assert all(rf"{call[:8]}\x1b" in done.out for done in shown)
 
 
 @pytest.mark.parametrize("words", [("show",), ("stats",), ("tail", "--no-follow"), ("doctor",), ("doubts",)])
@@ -309,9 +329,24 @@ def test_a_pipe_gets_all_of_it(shop: Path) -> None:
     assert "RuntimeError: card declined" == row["outcome"]
 
 
-@pytest.mark.parametrize("words", [("show",), ("show", "--json"), ("export",), ("stats",)])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("show",),
+        ("show", "--json"),
+        ("export",),
+        ("stats",),
+        ("tail", "--no-follow"),
+        ("doctor",),
+        ("inspect",),
+    ],
+)
 def test_a_closed_pipe_ends_quietly(words: tuple[str, ...], shop: Path) -> None:
     """A reader who goes away is no error and leaves no traceback."""
+    if words == ("inspect",):
+        words = ("inspect", call_of(shop, "charge"))
+    if words == ("doctor",):
+        run("clear", shop, "--yes")
     reading, writing = os.pipe()
     os.close(reading)
 
@@ -327,6 +362,35 @@ def test_a_closed_pipe_ends_quietly(words: tuple[str, ...], shop: Path) -> None:
     os.close(writing)
 
     assert (0, "") == (done.returncode, done.stderr)
+
+
+def test_a_closed_stdout_or_stderr_ends_quietly(shop: Path) -> None:
+    """What was started without one of the three streams does the same, and nobody reads what it would say."""
+    whole = run("show", shop).out
+
+    assert (0, "", "") == run_closed(1, words=("show", shop))
+    assert (0, whole, "") == run_closed(2, words=("show", shop))
+    assert (1, "", "") == run_closed(0, 1, 2, words=("clear", shop))
+    assert whole == run("show", shop).out
+
+
+@pytest.mark.parametrize(
+    "words", [("resolve", "CALL", "--done", "--result", "[" * 900 + "]" * 900), ("import", "DEEP")]
+)
+def test_what_is_nested_too_deeply_is_told_without_a_traceback(
+    words: tuple[str, ...], shop: Path, tmp_path: Path
+) -> None:
+    """Python's own limits are an error like others."""
+    deep = tmp_path / "deep.jsonl"
+    deep.write_text('{"ledger": 1}\n{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    named = {"CALL": call_of(shop, "book"), "DEEP": str(deep)}
+
+    done = run(*(named.get(word, word) for word in words), "--db", shop)
+
+    assert (1, "") == (done.code, done.out)
+    assert done.err.startswith("Error: ")
+    assert "recursion" in done.err
+    assert 1 == len(done.err.splitlines())
 
 
 def test_a_narrow_character_set_is_no_reason_to_fail(shop: Path) -> None:

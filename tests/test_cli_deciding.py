@@ -159,7 +159,17 @@ def test_clear_asks_and_forgets(shop: Path) -> None:
     assert 0 == done.code
     assert "forgot 2 calls of workflow nightly" in done.out
     assert 4 == len(run("show", shop).rows)
-    assert "reset" == run("tail", shop, "--no-follow", "-n", "1").out.split()[4]
+
+
+def test_clear_leaves_who_and_why(shop: Path) -> None:
+    """The event of a clearing names the person and has the note."""
+    run("clear", shop, "--yes", "--note", "test data")
+
+    event = run("tail", shop, "--no-follow", "-n", "1", "--json").json
+
+    assert "reset" == event["kind"]
+    assert event["detail"].startswith("clear by ")
+    assert event["detail"].endswith(": test data")
 
 
 def test_clear_asks_nobody_in_a_pipe(shop: Path) -> None:
@@ -176,6 +186,7 @@ def test_clear_with_yes_tells_what_it_did(shop: Path) -> None:
     """In a script --yes is the answer, and --json gives the count."""
     assert {"forgotten": 6, "wf": None} == run("clear", shop, "--yes", "--json").json
     assert (0, "", "there are no calls in all workflows; nothing was changed\n") == run("clear", shop)
+    assert {"forgotten": 0, "wf": None} == run("clear", shop, "--yes", "--json").json
 
 
 def test_clear_of_an_unknown_workflow_exits_3(shop: Path) -> None:

@@ -86,6 +86,17 @@ def test_an_export_that_matches_nothing_exits_3(shop: Path) -> None:
     assert (3, 1) == (done.code, len(done.out.splitlines()))
 
 
+def test_an_export_can_be_limited(shop: Path) -> None:
+    """The oldest so many calls without the events; a limit that is not reached changes nothing."""
+    lines = [json.loads(line) for line in run("export", shop, "--limit", "2").out.splitlines()]
+    table = run("export", shop, "--limit", "2", "--format", "csv").out.splitlines()
+    whole = run("export", shop).out.splitlines()
+
+    assert ["shop.charge", "shop.charge"] == [call["tool"] for call in lines[1:]]
+    assert 3 == len(table)
+    assert whole[1:] == run("export", shop, "--limit", "7").out.splitlines()[1:]
+
+
 def test_an_export_to_a_file_is_private_and_replaces_nothing(shop: Path, tmp_path: Path) -> None:
     """The file is new, for its owner only, and an existing one stays as it is."""
     target = tmp_path / "calls.jsonl"
@@ -182,10 +193,15 @@ def test_prune_forget_asks_first(shop: Path) -> None:
     assert ["book"] == [row["tool"] for row in run("show", shop).rows]
 
 
-@pytest.mark.parametrize("words", [(), ("--older-than", "a month"), ("--older-than", "0d")])
+@pytest.mark.parametrize(
+    "words", [(), ("--older-than", "a month"), ("--older-than", "0d"), ("--older-than", "1000000d", "--json")]
+)
 def test_prune_wants_to_know_how_old(words: tuple[str, ...], shop: Path) -> None:
-    """Without an age nothing goes."""
-    assert 2 == run("prune", shop, *words).code
+    """Without an age nothing goes, nor with one that no calendar has."""
+    done = run("prune", shop, *words)
+
+    assert (2, "") == (done.code, done.out)
+    assert "Error: " in done.err
 
 
 # -- backup and restore --
@@ -226,6 +242,29 @@ def test_a_backup_can_be_restored_and_its_gap_is_known(shop: Path, tmp_path: Pat
     assert 6 == len(run("show", shop).rows)
     assert "✗ gap " in run("doctor", shop).out
     assert "are unknown: the ledger was restored from a backup" in run("brief", shop).out
+
+
+def test_a_restore_names_what_still_runs(tmp_path: Path) -> None:
+    """Its question, and its refusal where nobody can be asked, say whose run would be unknown."""
+    script = (
+        "def pay(n): say('inside'); hear()\n"
+        "guard.policy(pay, name='shop.pay')\n"
+        "guard.flush(); say('open'); hear(); guard(pay, 1)\n"
+    )
+    with stage(tmp_path) as here:
+        here.start("guard.check()").ends_well()
+        assert 0 == run("backup", tmp_path / "copy.db", "--db", here.db).code
+        actor = here.start(script)
+        assert "open" == actor.line()
+        actor.tell("go")
+        assert "inside" == actor.line()
+        done = run("restore", tmp_path / "copy.db", "--db", here.db)
+        actor.tell("end")
+        actor.ends_well()
+
+    assert (1, "") == (done.code, done.out)
+    assert "although these still run and would be unknown: pay (call " in done.err
+    assert f"in pid {actor.pid} on " in done.err
 
 
 def test_a_restore_where_nothing_is_asks_nobody(shop: Path, tmp_path: Path) -> None:
@@ -320,6 +359,18 @@ def test_long_work_shows_a_bar_on_a_terminal_only(shop: Path, tmp_path: Path) ->
     assert "6/6" in shown.out
     assert "exported 6 calls to " in shown.out
     assert "" == run("export", shop).err
+
+
+def test_a_bar_takes_nothing_from_what_is_printed(shop: Path, tmp_path: Path) -> None:
+    """With stdout in a file the bar is on the terminal and the calls in the file; on one terminal there is none."""
+    with (tmp_path / "out.jsonl").open("wb") as out, Terminal("export", shop, stdout=out) as terminal:
+        done = terminal.ends()
+    both = on_terminal("export", shop)
+
+    assert (0, 0) == (done.code, both.code)
+    assert "6/6" in done.out
+    assert run("export", shop).out.splitlines()[1:] == (tmp_path / "out.jsonl").read_text().splitlines()[1:]
+    assert "6/6" not in both.out
 
 
 def test_an_import_can_be_interrupted(shop: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.actors import stage
+from tests.actors import eventually, stage
 from tests.cli_kit import TABS, Background, Terminal, copied, make_shop, on_terminal, run
 
 CALL_KEYS = [
@@ -163,6 +163,34 @@ def test_show_says_how_many_more_there_are(shop: Path) -> None:
     assert "4 more; --limit N shows N, --all shows them all\n" == done.err
     assert 6 == len(run("show", shop, "--limit", "2", "--all").rows)
     assert "1 more" in run("show", shop, "-n", "1", "--wf", "nightly").err
+    assert "" == run("show", shop, "--limit", "6").err
+
+
+def test_show_counts_no_more_than_is_cheap(shop: Path) -> None:
+    """Where the number of calls that match would take a long look, it says only that there are more."""
+    shown, all_shown = (run("show", shop, "-n", n, "--status", "success") for n in ("2", "3"))
+
+    assert "there are more; --limit N shows N, --all shows them all\n" == shown.err
+    assert (3, "") == (len(all_shown.rows), all_shown.err)
+
+
+def test_a_long_list_is_printed_while_it_is_read(tmp_path: Path) -> None:
+    """With a high --limit, too, there is no waiting and no holding of all: what goes meanwhile is not shown."""
+    with stage(tmp_path) as here:
+        here.start(
+            "guard = Guard(DB, quiet=True, sync='off')\n"
+            "def pay(text): pass\n"
+            "guard.policy(pay, name='shop.pay')\n"
+            "for n in range(1200): guard(pay, f'{n}' * 50)\n"
+        ).ends_well()
+        with Background("show", here.db, "--limit", "1200", "--json", reads=False) as show:
+            eventually(lambda: 0 < show.waiting())
+            assert 0 == run("clear", here.db, "--yes").code
+            show.listen()
+            done = show.ends()
+
+    assert 0 == done.code
+    assert 1200 > len(done.json) > 0
 
 
 def test_two_tools_of_one_short_name_are_told_apart(tmp_path: Path) -> None:
@@ -382,6 +410,38 @@ def test_tail_goes_on_after_a_reset_and_with_a_new_file(tmp_path: Path) -> None:
     assert 0 == done.code
     assert "waiting for a ledger at" in done.err
     assert "Traceback" not in done.err
+
+
+def test_tail_goes_on_where_it_was_when_the_file_comes_back(tmp_path: Path) -> None:
+    """A ledger that was moved away and back has told its events already; only new ones follow."""
+    script = "def pay(n): pass\nguard.policy(pay, name='shop.pay')\nguard(pay, sys.argv[2])\n"
+    away = tmp_path / "away"
+    away.mkdir()
+    with stage(tmp_path) as here:
+        here.start(script, "1").ends_well()
+        with Background("tail", here.db, "-n", "1", "--json") as tail:
+            first = json.loads(tail.line())["seq"]
+            moved = [part.rename(away / part.name) for part in tmp_path.glob("ledger.db*") if part.is_file()]
+            eventually(lambda: not tail.has_open("ledger.db"))
+            for part in moved:
+                part.rename(tmp_path / part.name)
+            here.start(script, "2").ends_well()
+            seen = [json.loads(tail.line())["seq"] for _ in range(2)]
+            tail.process.send_signal(signal.SIGINT)
+            done = tail.ends()
+
+    assert [first + 1, first + 2] == seen
+    assert (0, "") == (done.code, done.out)
+
+
+@pytest.mark.parametrize(("words", "count"), [(("--limit", "2"), 2), (("--search", "nasty"), 2)])
+def test_tail_has_the_options_of_its_kind(words: tuple[str, ...], count: int, shop: Path) -> None:
+    """--limit is --lines by the name that other lists have; --search looks where its help says."""
+    done = run("tail", shop, "--no-follow", *words)
+
+    assert (0, count) == (done.code, len(done.out.splitlines()))
+    assert "in the name of the tool, an error or a note" in " ".join(run("tail", "-h").out.split())
+    assert "arguments, key" not in run("tail", "-h").out
 
 
 def test_tail_on_a_terminal_ends_at_ctrl_c(shop: Path) -> None:

@@ -10,19 +10,21 @@ import signal
 import subprocess
 import sys
 import termios
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ledger_cli.child import EndUnknown, Output, Relay
 from tests.actors import PATIENCE, eventually
-from tests.cli_kit import COMMAND, Background, Done, Terminal, environment, run
+from tests.cli_kit import COMMAND, Background, Done, Terminal, environment, run, run_closed
 
 #: a command that says what it is sent; the second of two would come within the half second that it waits
 LISTENER = """
 import signal, sys, time
 heard = []
-for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"):
+for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGCONT"):
     signal.signal(getattr(signal, name), lambda number, _: heard.append(signal.Signals(number).name))
 print("ready", flush=True)
 while not heard:
@@ -157,7 +159,7 @@ def test_after_its_ttl_a_key_is_free_again(db: Path) -> None:
 
 
 def test_a_failure_can_be_tried_again(db: Path, tmp_path: Path) -> None:
-    """With --retry-failed an exit code other than 0 frees the key, until one is 0."""
+    """With --retry-failed a command whose exit code is not 0 runs again, until that is 0."""
     script = f"test -e {tmp_path}/ready || {{ echo not yet >&2; exit 5; }}; echo done"
 
     first = once(db, *sh(script), options=("--retry-failed",))
@@ -170,6 +172,35 @@ def test_a_failure_can_be_tried_again(db: Path, tmp_path: Path) -> None:
     assert ("failed", "Failed: exit code 5: not yet") == (failed["status"], failed["error"])
     assert [(0, "done\n", "")] * 2 == [second, third]
     assert 2 == the_call(db)["run"]
+
+
+def test_a_failure_keeps_its_key(db: Path, tmp_path: Path) -> None:
+    """Another command is refused after a failure, too, however often; the same one may try again."""
+    command = sh(f"echo ran >> {tmp_path}/effects; exit 5")
+    other = ("touch", str(tmp_path / "made"))
+    once(db, *command, options=("--retry-failed",))
+
+    refused = [once(db, *other, options=("--retry-failed",)) for _ in range(2)]
+    again = once(db, *command, options=("--retry-failed",))
+
+    assert [(1, "")] * 2 == [(done.code, done.out) for done in refused]
+    assert all("belongs to another command, `sh -c 'echo ran" in done.err for done in refused)
+    assert not (tmp_path / "made").exists()
+    assert 5 == again.code
+    assert "ran\nran\n" == (tmp_path / "effects").read_text()
+
+
+def test_what_prune_dropped_is_not_taken_for_a_success(db: Path) -> None:
+    """Of an old run it is known that it ended, but not how: nothing runs, and the exit code is 1."""
+    once(db, *sh("echo out; exit 7"))
+    assert 0 == run("prune", db, "--older-than", "1ms").code
+
+    same, other = once(db, *sh("echo out; exit 7")), once(db, "true")
+
+    assert (1, "") == (same.code, same.out)
+    assert "`ledger prune` dropped its exit code and its output; nothing ran" in same.err
+    assert 1 == other.code
+    assert "another command, whose words `ledger prune` dropped (call " in other.err
 
 
 @pytest.mark.parametrize(
@@ -191,7 +222,19 @@ def test_a_command_that_cannot_be_started_leaves_the_key_free(
 # -- signals and deaths --
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+        signal.SIGQUIT,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+        signal.SIGALRM,
+        signal.SIGCONT,
+    ],
+)
 def test_a_signal_is_passed_on_once_and_the_end_is_recorded(number: signal.Signals, db: Path) -> None:
     """The command gets the signal and decides itself how it ends; that is its outcome."""
     with Background("run", "--db", db, "--key", "k", "--", *LISTEN) as command:
@@ -276,13 +319,13 @@ def test_what_nohup_ignores_stays_ignored(db: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_command_that_a_signal_kills_is_in_doubt(number: signal.Signals, db: Path) -> None:
-    """Nobody knows how far it came: 128 + n, in doubt, and the next run runs it again unless told not to."""
+    """Nobody knows how far it came: 128 + n, in doubt, and a person is asked unless --on-doubt says rerun."""
     script = f"test -e {db}.again && echo again || {{ touch {db}.again; kill -{number.value} $$; }}"
 
     done = once(db, *sh(script))
     call = the_call(db)
-    blocked = once(db, *sh(script), options=("--on-doubt", "block"))
-    again = once(db, *sh(script))
+    blocked = once(db, *sh(script))
+    again = once(db, *sh(script), options=("--on-doubt", "rerun"))
 
     assert (128 + number, "") == (done.code, done.out)
     assert f"killed by {number.name}" in done.err
@@ -324,6 +367,91 @@ def test_what_is_left_in_the_background_holds_nobody_up(db: Path) -> None:
     os.kill(int(done.out), signal.SIGKILL)
 
     assert (0, "") == (done.code, done.err)
+
+
+def test_what_goes_on_speaking_in_the_background_holds_nobody_up(db: Path, tmp_path: Path) -> None:
+    """Nor does one that never falls silent; the exit code of the command is recorded, and SIGTERM heard."""
+    stop = tmp_path / "stop"
+    script = f"(while ! test -e {stop}; do echo on; sleep 0.05; done) & exit 3"
+    try:
+        waited = once(db, *sh(script))
+        with Background("run", "--db", db, "--key", "told", "--", *sh(f"echo up; {script}")) as command:
+            assert ["up", "on", "on"] == [command.line() for _ in range(3)]
+            command.process.send_signal(signal.SIGTERM)
+            told = command.ends()
+    finally:
+        stop.touch()
+
+    assert (3, 3) == (waited.code, told.code)
+    assert [3, 3] == [call["result"]["code"] for call in run("show", db, "--json").json]
+
+
+def test_a_reader_who_does_not_read_holds_up_no_outcome(db: Path) -> None:
+    """The outcome is recorded before the reader has all; then the rest is shown, or a signal ends it."""
+    reading, writing = os.pipe()
+    words = [COMMAND, "run", "--db", str(db), "--key", "k", "--"]
+    script = "yes | head -c 400000; echo last"
+    with subprocess.Popen([*words, *sh(script)], stdout=writing, env=environment()) as process:
+        os.close(writing)
+        eventually(lambda: db.exists() and "success" == state(db))
+        assert process.poll() is None
+        with os.fdopen(reading, "rb") as pipe:
+            shown = pipe.read()
+    assert (0, 400_005) == (process.returncode, len(shown))
+    assert shown.decode() == once(db, *sh(script)).out
+
+
+def test_a_command_that_is_stopped_waits_for_no_reader(db: Path) -> None:
+    """SIGTERM ends a command whose output nobody reads, and us with it."""
+    reading, writing = os.pipe()
+    words = [COMMAND, "run", "--db", str(db), "--key", "k", "--", "yes"]
+    with subprocess.Popen(words, stdout=writing, stderr=subprocess.DEVNULL, env=environment()) as process:
+        os.close(writing)
+        eventually(lambda: 65536 == unread(reading))
+        process.terminate()
+        assert 128 + signal.SIGTERM == process.wait(PATIENCE)
+    os.close(reading)
+    assert "in_doubt" == the_call(db)["status"]
+
+
+def unread(pipe: int) -> int:
+    """How many bytes are in a pipe."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+def state(db: Path) -> str | None:
+    """How the only call of a ledger stands; None if there is none yet."""
+    done = run("show", db, "--json")
+    return done.json[0]["status"] if done.code == 0 and done.json else None
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_closed_stdout_or_stderr_is_no_failure(closed: int, db: Path, tmp_path: Path) -> None:
+    """Without one of them, as under cron, the command runs once and what it said is recorded."""
+    script = f"echo x >> {tmp_path}/effects; echo out; echo err >&2; echo y >> {tmp_path}/effects; exit 4"
+    words = ("run", "--db", db, "--key", "k", "--", *sh(script))
+
+    ends = [run_closed(closed, words=words) for _ in range(2)]
+
+    assert [4, 4] == [done.code for done in ends]
+    assert "x\ny\n" == (tmp_path / "effects").read_text()
+    assert {"code": 4, "stdout": "out\n", "stderr": "err\n"} == the_call(db)["result"]
+
+
+def test_what_fails_beside_a_running_command_is_a_doubt(tmp_path: Path) -> None:
+    """Once the command was started, an error of ours is no proof that nothing happened."""
+
+    class Failing(Relay):
+        def run(self, start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+            super().run(start)
+            raise OSError("no room")
+
+    relay = Failing()
+    with pytest.raises(EndUnknown, match="nobody knows how far it came"), Output(relay) as output:
+        output.execute(["touch", str(tmp_path / "made")], retry_failed=False)
+
+    assert (tmp_path / "made").exists()
+    assert not issubclass(EndUnknown, Exception)
 
 
 def test_a_reader_who_leaves_does_not_stop_the_command(db: Path, tmp_path: Path) -> None:

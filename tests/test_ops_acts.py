@@ -137,8 +137,9 @@ def test_what_is_in_no_doubt_is_not_resolved(store: SqliteStore) -> None:
         acts.resolve(store, call, done=False, actor="ann")
     with pytest.raises(UsageError, match="no result"):
         acts.resolve(store, call, done=False, actor="ann", result_json="1")
-    with pytest.raises(ValueError, match="Expecting"):
-        acts.resolve(store, call, done=True, actor="ann", result_json="{")
+    for bad in ("{", "[" * 60_000):
+        with pytest.raises(UsageError, match="no JSON that can be kept"):
+            acts.resolve(store, call, done=True, actor="ann", result_json=bad)
     assert [] == notes(store, call, "resolved")
 
 

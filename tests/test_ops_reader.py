@@ -396,3 +396,54 @@ def test_lists_counts_and_sums_agree_on_every_status(guard: Guard, reader: Reade
         assert sum(r.attempts for r in found) == reader.stats(wanted).total.attempts
     assert [77, 201] == [r.args["order"] for r in reader.doubts() if r.args]
     assert 200 in [r.args["order"] for r in reader.stream(Filter(status="failed")) if "order" in r.args]
+
+
+def test_looking_back_and_on_finds_what_there_is(guard: Guard, reader: Reader) -> None:
+    """With all the time there is both find the same events; with none they say how far they got."""
+    for wanted in (
+        Filter(),
+        Filter(wf="w1"),
+        Filter(tool="send_email", status="failed"),
+        Filter(search="bob"),
+    ):
+        every = reader.events(wanted=wanted, limit=10_000)
+        assert (
+            every == reader.look_back(10_000, wanted).events == reader.look_on(0, wanted, limit=10_000).events
+        )
+        assert every[-3:] == reader.look_back(3, wanted).events
+        assert every[:3] == reader.look_on(0, wanted, limit=3).events
+    events = [(None, "x", 1, "blocked", 10**15 + n, "a.b", "w", "c", 1, None) for n in range(50_000)]
+    reader.store.submit(  # type: ignore[union-attr]
+        lambda db: db.executemany(f"INSERT INTO events VALUES ({', '.join('?' * 10)})", events), durable=False
+    )
+
+    back = reader.look_back(5, Filter(wf="w1"), seconds=0)
+    on, found = 0, []
+    while True:
+        page = reader.look_on(on, Filter(wf="w1"), seconds=0)
+        found += page.events
+        on = page.upto
+        if page.complete:
+            break
+        assert page.reached is not None
+
+    assert ([], False, True) == (back.events, back.complete, back.reached is not None)
+    assert reader.events(wanted=Filter(wf="w1")) == found
+
+
+def test_doubts_come_page_by_page(guard: Guard, reader: Reader) -> None:
+    """Each page goes on after the last one that is known, also where many began at the same moment."""
+    for number in range(12):
+        run = granted(reader.store, call=f"{number:032x}", wf="many")
+        reader.store.transact(settle(run, "doubt"))
+    with closing(sqlite3.connect(reader.store.address)) as db, db:
+        db.execute("UPDATE runs SET started = started / 1000000 * 1000000")
+
+    found: list[str] = []
+    after = None
+    while page := reader.doubts(limit=5, after=after):
+        found += [r.call for r in page]
+        after = (page[-1].started, page[-1].call)
+
+    assert [r.call for r in reader.doubts()] == found
+    assert 13 == len(set(found))
