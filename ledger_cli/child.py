@@ -21,13 +21,13 @@ from ledger import NotPerformed
 #: of a longer output the first and the last so many bytes are recorded
 KEPT_BYTES = 4 << 20
 _ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-_PASSED_ON = (*_ENDINGS, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGCONT)
+_PASSED_ON = (*_ENDINGS, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
 _SI_KERNEL = 128
 _PR_SET_PDEATHSIG = 1
 _LOOK_SECONDS = 0.25
 #: when the command has ended: how long a silence of what it left in the background is waited for, how long
 #: that may go on speaking, and how much of it is listened to (a pipe holds less of the command's own)
-_SILENCE_SECONDS, _AFTERMATH_SECONDS, _AFTERMATH_BYTES = 1.0, 3.0, 1 << 20
+_SILENCE_SECONDS, _AFTERMATH_SECONDS, _AFTERMATH_BYTES = 1.0, 2.0, 1 << 20
 #: how long a reader who does not read may take when we were told to end
 _HURRIED_SECONDS = 1.0
 #: so many pieces of output wait for their reader before the command has to wait for him
@@ -111,11 +111,10 @@ class Relay:
             signal.signal(number, handler)
 
     def _heard(self, number: int, _frame: FrameType | None) -> None:
-        if self._entered:
-            self._waiting.append(number)
-            self.hurried = self.hurried or number in _ENDINGS
-        elif number != signal.SIGCONT:
+        if not self._entered:
             raise Stopped(number)
+        self._waiting.append(number)
+        self.hurried = self.hurried or number in _ENDINGS
 
     def run(self, start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
         """Start the child and wait for its end; signals are blocked meanwhile, to be asked who sent them."""
@@ -206,7 +205,7 @@ class _Copy(threading.Thread):
         incoming = select.poll()
         incoming.register(source, select.POLLIN)
         silent_since = time.monotonic()
-        while not incoming.poll(_LOOK_SECONDS * 1000):
+        while not incoming.poll(min(_LOOK_SECONDS, self._silence) * 1000):
             if time.monotonic() > max(silent_since, self._ended_at) + self._silence:
                 return b""
         return os.read(source, 65536) if time.monotonic() < self._deadline else b""

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import ledger
 from ledger import InProgress, Record, Run, Store, UsageError
-from ledger_ops.reader import AnyStore, NoSuchCall
-from ledger_ops.values import clock, printable, state_of
+from ledger_ops.reader import AnyStore, NoSuchCall, reader_of
+from ledger_ops.values import Filter, clock, printable, state_of
 
 
 def who() -> str:
@@ -87,11 +87,9 @@ def clear(
             f"nothing was cleared: still running: {owners_of(alive)}; wait for them, stop them, or use --force",
             alive[0],
         )
-    where, scope = ("", {}) if wf is None else ("WHERE wf = :wf", {"wf": wf})
-    found = store.browse(f"SELECT COUNT(DISTINCT call) FROM runs {where}", scope)[0][0]
-    found += store.browse(f"SELECT COUNT(*) FROM tallies {where}", scope)[0][0]
+    found = reader_of(store).count(Filter(wf=wf))
     store.reset(wf, store.clock.wall(), force=force, why=_why("clear", actor, note) if actor else "")
-    return int(found)
+    return found
 
 
 def owners_of(alive: Sequence[Record]) -> str:
@@ -101,11 +99,8 @@ def owners_of(alive: Sequence[Record]) -> str:
 
 
 def alive_in(store: AnyStore, wf: str | None) -> list[Record]:
-    """Calls of a workflow (None: of all) whose latest run is alive."""
-    mine, scope = ("", {}) if wf is None else ("AND wf = :wf ", {"wf": wf})
-    sql = f"SELECT {', '.join(Run._fields)} FROM runs WHERE status = 'running' {mine}ORDER BY started"
-    records = (store.describe([Run._make(row)]) for row in store.browse(sql, scope))
-    return [record for record in records if not record.in_doubt]
+    """Calls of a workflow (None: of all) whose latest run is alive, oldest first."""
+    return [record for record in reader_of(store).running() if wf in (None, record.wf)]
 
 
 def _rows(store: Store, call: str) -> list[Run]:

@@ -60,10 +60,18 @@ def open_ledger(url: str | os.PathLike[str] | None = None) -> AnyStore:
     if "://" not in text or text.partition("://")[0] in ("sqlite", "memory"):
         return open_store(text)
     store = stores.open_store(text)
-    if not isinstance(store, ServerStore):
-        raise UsageError(f"{text.partition('://')[0]}:// cannot be looked at")
-    store.browse("SELECT COUNT(*) FROM meta")
+    assert isinstance(store, ServerStore)  # noqa: S101 - all that have a URL are
+    store.check()
     return store
+
+
+def reader_of(store: AnyStore) -> Reader:
+    """What looks at that store: by SQL where it has any, else by walking its calls."""
+    if isinstance(store, SqliteStore) or store.speaks_sql:
+        return Reader(store)
+    from ledger_ops.plain import PlainReader
+
+    return PlainReader(store)
 
 
 def open_store(url: str | os.PathLike[str] | None = None) -> SqliteStore:
@@ -104,6 +112,20 @@ def refuse_missing(path: Path) -> None:
         raise NoLedger(
             f"there is no ledger at {path}; name the file (or set LEDGER_DB), or run a guarded tool first"
         )
+
+
+#: seq, kind, at, tool, wf, caller, n, run and, of a run that ended, when it began
+SliceRow = tuple[int, str, int, Any, Any, Any, int, Any, Any]
+# the start of a run is in its row, found by (call, run); for a blocked attempt it says nothing
+_SLICE_OF_EVENTS = """
+SELECT e.seq, e.kind, e.at, e.tool, e.wf, e.caller, e.n, e.run,
+       CASE WHEN e.kind = 'success' OR e.kind = 'failed' THEN
+         (SELECT r.started FROM runs AS r WHERE r.call = e.call AND r.run = e.run) END
+  FROM events AS e
+ WHERE e.seq > ? AND (e.tool IS NOT NULL OR e.kind = 'restored')
+ ORDER BY e.seq
+ LIMIT ?
+"""
 
 
 class Reader:
@@ -203,22 +225,29 @@ class Reader:
 
     def find(self, prefix: str) -> str:
         """The one fingerprint that begins so; raises `NoSuchCall`."""
-        text = prefix.strip().lower()
-        if not text or any(c not in "0123456789abcdef" for c in text):
-            raise NoSuchCall(
-                f"{prefix!r} is no fingerprint: it has digits and a to f; `ledger show` lists them"
-            )
+        text = self._checked(prefix)
         bounds = (text, text + "g")
         found: set[str] = set()  # a tool that was unlimited once has calls in both
         for table in ("runs", "tallies"):
             sql = f"SELECT DISTINCT call FROM {table} WHERE call >= ? AND call < ? LIMIT 5"
             found |= {row[0] for row in self.store.browse(sql, bounds)}
+        return self._only(text, sorted(found))
+
+    def _checked(self, prefix: str) -> str:
+        text = prefix.strip().lower()
+        if not text or any(c not in "0123456789abcdef" for c in text):
+            raise NoSuchCall(
+                f"{prefix!r} is no fingerprint: it has digits and a to f; `ledger show` lists them"
+            )
+        return text
+
+    def _only(self, text: str, found: Sequence[str]) -> str:
         if not found:
             raise NoSuchCall(f"no call begins with {text}; `ledger show` lists them")
         if len(found) > 1:
-            shown = ", ".join(call[: len(text) + 6] for call in sorted(found)[:4])
+            shown = ", ".join(call[: len(text) + 6] for call in found[:4])
             raise NoSuchCall(f"several calls begin with {text}: {shown} …; give more of it")
-        return found.pop()
+        return found[0]
 
     def call(self, prefix: str, *, seconds: float | None = None) -> Detail:
         """All that is known of one call, by its fingerprint or a unique beginning; raises `NoSuchCall`."""
@@ -400,11 +429,27 @@ class Reader:
             after = upto
             if imported and after >= imported:
                 after, imported = max(after, self._begin(record, imported + 1)), 0
-            if _are_all(found, record, runs):
+            if self._are_all(found, record, runs):
                 break
             if after < last and deadline is not None and time.monotonic() > deadline:
                 return found, False
         return found, True
+
+    def _are_all(self, events: Sequence[Event], record: Record, runs: Sequence[Run]) -> bool:
+        """Whether every run and every blocked attempt has its event; what was released or late may have more."""
+        told = {(event.run, event.kind) for event in events}
+        blocked = sum(event.n for event in events if event.kind == "blocked")
+        return blocked == record.blocked and all(
+            (run.run, "claimed") in told
+            and (run.run, run.status) in told
+            and not run.released
+            and run.late is None
+            for run in runs
+        )
+
+    def slice_of_events(self, after: int, count: int) -> list[SliceRow]:
+        """So many events for a roll-up, with the start of each run that ended."""
+        return self.store.browse(_SLICE_OF_EVENTS, (after, count))
 
     def _begin(self, record: Record, low: int) -> int:
         return self._seq_at(record.created - _CLOCK_SLACK, low) - 1
@@ -441,7 +486,7 @@ class Reader:
         With a status: of all runs of the calls that stand so.
         """
         if not wanted.narrows:
-            return _stats({tool: Sums(**sums) for tool, sums in self.store.totals().items()})
+            return stats_from({tool: Sums(**sums) for tool, sums in self.store.totals().items()})
         if wanted.status in ("running", "in_doubt"):
             return self._stats_of_few(wanted)
         where, values = _conditions(replace(wanted, status=None))
@@ -465,7 +510,7 @@ class Reader:
         )
         for tool, actions, attempts, executed in self.store.browse(sql, tally_values):
             tools.setdefault(tool, Sums()).add(Sums(actions, attempts, executed))
-        return _stats(tools)
+        return stats_from(tools)
 
     def _stats_of_few(self, wanted: Filter) -> Stats:
         """Sums of calls that run or are in doubt, which rows alone do not tell apart."""
@@ -474,7 +519,7 @@ class Reader:
             sums = Sums(1, record.attempts, record.runs, record.blocked)
             setattr(sums, str(wanted.status), 1)
             tools.setdefault(record.tool, Sums()).add(sums)
-        return _stats(tools)
+        return stats_from(tools)
 
     def _add_ends(self, tools: dict[str, Sums], where: str, values: dict[str, Any]) -> None:
         """What needs a look at the latest run: few rows, found by their own index."""
@@ -537,19 +582,6 @@ class Reader:
         return Page(records + found, cursor, complete)
 
 
-def _are_all(events: Sequence[Event], record: Record, runs: Sequence[Run]) -> bool:
-    """Whether every run and every blocked attempt has its event; what was released or late may have more."""
-    told = {(event.run, event.kind) for event in events}
-    blocked = sum(event.n for event in events if event.kind == "blocked")
-    return blocked == record.blocked and all(
-        (run.run, "claimed") in told
-        and (run.run, run.status) in told
-        and not run.released
-        and run.late is None
-        for run in runs
-    )
-
-
 def _cursor(cursor: str | None) -> tuple[str, str]:
     if cursor is None:
         return "r", ""
@@ -559,7 +591,8 @@ def _cursor(cursor: str | None) -> tuple[str, str]:
     raise UsageError(f"{cursor!r} is no cursor; take the one that the page before gave")
 
 
-def _stats(tools: dict[str, Sums]) -> Stats:
+def stats_from(tools: dict[str, Sums]) -> Stats:
+    """The sums of each tool, and of all."""
     total = Sums()
     for sums in tools.values():
         total.add(sums)

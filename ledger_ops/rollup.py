@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from ledger import StoreError
-from ledger_ops.reader import Reader
+from ledger_ops.reader import Reader, SliceRow
 from ledger_ops.values import add
 
 _MINUTE = 60_000_000
@@ -112,7 +112,7 @@ class Rollup:
                 if self.seq >= target:
                     self.progress = 1.0
                     return True
-                rows = self.reader.store.browse(_SLICE_OF_EVENTS, (self.seq, _SLICE))
+                rows = self.reader.slice_of_events(self.seq, _SLICE)
                 newest = rows[-1][0] if rows else 0  # it may have come after the look at the last number
                 upto = newest if len(rows) == _SLICE else max(newest, target)
                 restored = max((row[0] for row in rows if row[1] == "restored"), default=0)
@@ -230,16 +230,6 @@ class Rollup:
 
 
 _NICE_MINUTES = (1, 2, 5, 10, 15, 30, 60, 120, 180, 360, 720, 1440)
-# the start of a run is in its row, found by (call, run); for a blocked attempt it says nothing
-_SLICE_OF_EVENTS = """
-SELECT e.seq, e.kind, e.at, e.tool, e.wf, e.caller, e.n, e.run,
-       CASE WHEN e.kind = 'success' OR e.kind = 'failed' THEN
-         (SELECT r.started FROM runs AS r WHERE r.call = e.call AND r.run = e.run) END
-  FROM events AS e
- WHERE e.seq > ? AND (e.tool IS NOT NULL OR e.kind = 'restored')
- ORDER BY e.seq
- LIMIT ?
-"""
 
 
 class _Added:
@@ -254,7 +244,7 @@ class _Added:
         self.span: tuple[int | None, int | None] = (None, None)
 
 
-def _added(rows: Iterable[tuple[int, str, int, str, str, str, int, int, int | None]]) -> _Added:
+def _added(rows: Iterable[SliceRow]) -> _Added:
     added = _Added()
     oldest = newest = None
     for _, kind, at, tool, wf, caller, n, run, started in rows:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any, Literal, NamedTuple
 
 import ledger
-from ledger import Run, SqliteStore, UsageError
+from ledger import Record, Run, SqliteStore, UsageError
 from ledger_ops.reader import AnyStore, Reader
 from ledger_ops.values import Event, Filter, Progress, add, csv_safe, iso, printable, record_dict
 
@@ -66,7 +66,7 @@ def export(
             cells = ((json.dumps(v) if isinstance(v, dict | list) else v) for v in map(values.get, _TABLE))
             yield _csv_line([csv_safe(printable(c, lines=True) if isinstance(c, str) else c) for c in cells])
         else:
-            yield json.dumps(values | _rows_of(reader.store, record.call)) + "\n"
+            yield json.dumps(values | _rows_of(reader.store, record)) + "\n"
         steps.step(1)
     if form == "jsonl" and not wanted.narrows:
         after = 0
@@ -82,11 +82,15 @@ def _csv_line(cells: Sequence[Any]) -> str:
     return line.getvalue()
 
 
-def _rows_of(store: AnyStore, call: str) -> dict[str, Any]:
-    if rows := store.rows(call):
-        return {"rows": [run._asdict() for run in rows]}
-    found = store.browse("SELECT * FROM tallies WHERE call = ?", (call,))
-    return {"tally": dict(zip(_TALLY, found[0], strict=True))} if found else {}
+def _rows_of(store: AnyStore, record: Record) -> dict[str, Any]:
+    if record.run:
+        return {"rows": [run._asdict() for run in store.rows(record.call)]}
+    raised = record.attempts - record.runs
+    values = (
+        record.call, record.tool, record.wf, record.caller, record.args_json, record.runs, raised,
+        record.error, record.created, record.touched,
+    )  # fmt: skip
+    return {"tally": dict(zip(_TALLY, values, strict=True))}
 
 
 # -- import --

@@ -38,6 +38,10 @@ def without_password(url: str) -> str:
 class ServerStore(Store):
     """A store that does each operation in one step on a server, whose clock decides leases."""
 
+    judges_in_claim = True
+    #: `browse` takes the SQL that SQLite and PostgreSQL have in common
+    speaks_sql = False
+
     def __init__(self, url: str, *, namespace: str | None = None, clock: Clock | None = None) -> None:
         super().__init__(clock=clock)
         self.url = url
@@ -124,6 +128,10 @@ class ServerStore(Store):
         raise NotImplementedError
 
     # -- looking --
+
+    def last_seq(self) -> int:
+        """The number of the newest event, 0 if there is none."""
+        raise NotImplementedError
 
     @property
     def address(self) -> str:

@@ -38,6 +38,8 @@ _RETRY_SECONDS = 5.0
 class PostgresStore(ServerStore):
     """Calls in one schema of a PostgreSQL database; `namespace` is the schema's name."""
 
+    speaks_sql = True
+
     def __init__(
         self,
         url: str,
@@ -307,6 +309,10 @@ class PostgresStore(ServerStore):
                 yield {**dict(zip(_EVENTS, row, strict=True)), "at": ledger._iso(row[4])}
             after = page[-1][0]
 
+    def last_seq(self) -> int:
+        """The number of the newest event that is certain, 0 if there is none."""
+        return int(self._ask("SELECT COALESCE(MAX(seq), 0) FROM :ns.certain_events")[0][0])
+
     def totals(self) -> ledger.Totals:
         """Per tool: actions, attempts, executed, blocked, failed, in_doubt, suspended, running."""
         self.flush_for_reading()
@@ -385,12 +391,12 @@ def _in_our_words(sql: str) -> str:
     text = re.sub(r"INDEXED BY \w+", "", sql.replace("%", "%%"))
     text = re.sub(r"(?<![:\w]):([a-z_]+)", r"%(\1)s", text).replace("?", "%s").replace(" LIKE ", " ILIKE ")
     # events that are certain: none that commits later has a smaller number
-    return re.sub(r"\bFROM (runs|events|tallies|meta)\b", _qualified, text)
+    return re.sub(r"\b(FROM|JOIN) (runs|events|tallies|meta)\b", _qualified, text)
 
 
 def _qualified(found: re.Match[str]) -> str:
-    table = {"events": "certain_events"}.get(found[1], found[1])
-    return f"FROM :ns.{table}"
+    table = {"events": "certain_events"}.get(found[2], found[2])
+    return f"{found[1]} :ns.{table}"
 
 
 def _clean(value: Any) -> Any:

@@ -404,6 +404,11 @@ class RedisStore(ServerStore):
                 event["run"] = None if event["run"] is None else int(event["run"])
                 yield {**event, "at": ledger._iso(int(event["at"])), "n": int(event["n"])}
 
+    def last_seq(self) -> int:
+        """The number of the newest event, 0 if there is none."""
+        newest = self._look(("XREVRANGE", f"{self._prefix}events", "+", "-", "COUNT", 1))[0]
+        return int(newest[0][0].partition(b"-")[0]) if newest else 0
+
     def totals(self) -> ledger.Totals:
         """Per tool: actions, attempts, executed, blocked, failed, in_doubt, suspended, running."""
         self.flush_for_reading()

@@ -146,9 +146,8 @@ def run_closed(*closed: int, words: Sequence[object]) -> Done:
     done = subprocess.run(
         [COMMAND, *map(str, words)],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=close,  # noqa: PLW1509 - system calls only
+        capture_output=True,
+        preexec_fn=close,
         encoding="utf-8",
         env=environment(),
         timeout=PATIENCE,

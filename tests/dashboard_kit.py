@@ -6,12 +6,15 @@ import os
 import re
 import select
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+
+import httpx
 
 from tests.actors import PATIENCE, Actor, Stage
 
@@ -168,3 +171,18 @@ def serving(db: Path, *options: str) -> Iterator[Server]:
             raise
         sys.stderr.write(errors)  # shown beside what else failed
     assert errors == ""
+
+
+def csrf_of(client: httpx.Client) -> dict[str, str]:
+    """The header that a page of this visitor would send with a change."""
+    found = re.search(r'name="csrf-token" content="(\w+)"', client.get("/").text)
+    assert found is not None
+    return {"X-CSRF-Token": found.group(1)}
+
+
+def copy_of(db: Path, folder: Path | None = None) -> Path:
+    """A whole copy of a ledger in one file."""
+    target = (folder or db.parent) / "ledger.copy"
+    with closing(sqlite3.connect(db)) as source, closing(sqlite3.connect(target)) as into:
+        source.backup(into)
+    return target

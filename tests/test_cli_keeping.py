@@ -362,7 +362,7 @@ def test_long_work_shows_a_bar_on_a_terminal_only(shop: Path, tmp_path: Path) ->
 
 
 def test_a_bar_takes_nothing_from_what_is_printed(shop: Path, tmp_path: Path) -> None:
-    """With stdout in a file the bar is on the terminal and the calls in the file; on one terminal there is none."""
+    """With stdout in a file the bar is on the terminal; where both are one terminal there is none."""
     with (tmp_path / "out.jsonl").open("wb") as out, Terminal("export", shop, stdout=out) as terminal:
         done = terminal.ends()
     both = on_terminal("export", shop)

@@ -175,7 +175,7 @@ def test_show_counts_no_more_than_is_cheap(shop: Path) -> None:
 
 
 def test_a_long_list_is_printed_while_it_is_read(tmp_path: Path) -> None:
-    """With a high --limit, too, there is no waiting and no holding of all: what goes meanwhile is not shown."""
+    """A high --limit does not hold all calls first: what goes meanwhile is not shown."""
     with stage(tmp_path) as here:
         here.start(
             "guard = Guard(DB, quiet=True, sync='off')\n"

@@ -24,7 +24,7 @@ from tests.cli_kit import COMMAND, Background, Done, Terminal, environment, run,
 LISTENER = """
 import signal, sys, time
 heard = []
-for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGCONT"):
+for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM"):
     signal.signal(getattr(signal, name), lambda number, _: heard.append(signal.Signals(number).name))
 print("ready", flush=True)
 while not heard:
@@ -232,7 +232,6 @@ def test_a_command_that_cannot_be_started_leaves_the_key_free(
         signal.SIGUSR1,
         signal.SIGUSR2,
         signal.SIGALRM,
-        signal.SIGCONT,
     ],
 )
 def test_a_signal_is_passed_on_once_and_the_end_is_recorded(number: signal.Signals, db: Path) -> None:
@@ -389,9 +388,9 @@ def test_what_goes_on_speaking_in_the_background_holds_nobody_up(db: Path, tmp_p
 def test_a_reader_who_does_not_read_holds_up_no_outcome(db: Path) -> None:
     """The outcome is recorded before the reader has all; then the rest is shown, or a signal ends it."""
     reading, writing = os.pipe()
-    words = [COMMAND, "run", "--db", str(db), "--key", "k", "--"]
     script = "yes | head -c 400000; echo last"
-    with subprocess.Popen([*words, *sh(script)], stdout=writing, env=environment()) as process:
+    words: list[str | Path] = [COMMAND, "run", "--db", db, "--key", "k", "--", *sh(script)]
+    with subprocess.Popen(words, stdout=writing, env=environment()) as process:
         os.close(writing)
         eventually(lambda: db.exists() and "success" == state(db))
         assert process.poll() is None
@@ -404,7 +403,7 @@ def test_a_reader_who_does_not_read_holds_up_no_outcome(db: Path) -> None:
 def test_a_command_that_is_stopped_waits_for_no_reader(db: Path) -> None:
     """SIGTERM ends a command whose output nobody reads, and us with it."""
     reading, writing = os.pipe()
-    words = [COMMAND, "run", "--db", str(db), "--key", "k", "--", "yes"]
+    words: list[str | Path] = [COMMAND, "run", "--db", db, "--key", "k", "--", "yes"]
     with subprocess.Popen(words, stdout=writing, stderr=subprocess.DEVNULL, env=environment()) as process:
         os.close(writing)
         eventually(lambda: 65536 == unread(reading))

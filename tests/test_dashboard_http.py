@@ -32,6 +32,8 @@ from tests.dashboard_kit import (
     ROOT,
     SERVE,
     Server,
+    copy_of,
+    csrf_of,
     environment,
     keep_running,
     leave_doubt,
@@ -81,13 +83,6 @@ def calls_of(client: httpx.Client, **query: str) -> list[dict[str, Any]]:
     """The calls that the API gives for a filter."""
     found: list[dict[str, Any]] = client.get("/api/calls", params=query).json()["calls"]
     return found
-
-
-def csrf_of(client: httpx.Client) -> dict[str, str]:
-    """The header that a page of this visitor would send with a change."""
-    found = re.search(r'name="csrf-token" content="(\w+)"', client.get("/").text)
-    assert found is not None
-    return {"X-CSRF-Token": found.group(1)}
 
 
 # -- pages and the API --
@@ -414,18 +409,6 @@ def test_a_file_that_was_replaced_is_shown_as_it_is_now(stage: Stage, tmp_path: 
             after = len(calls_of(client))
 
     assert (26, 1) == (before, after)
-
-
-def copy_of(db: Path) -> Path:
-    """A whole copy of a ledger in one file."""
-    import sqlite3
-
-    target = db.with_suffix(".copy")
-    source, into = sqlite3.connect(db), sqlite3.connect(target)
-    source.backup(into)
-    source.close()
-    into.close()
-    return target
 
 
 # -- who may ask --

@@ -147,7 +147,7 @@ def test_the_table_is_safe_in_a_spreadsheet(store: SqliteStore) -> None:
         (lambda lines: [*lines[:3], "{", *lines[3:]], "line 4 is not"),
         (lambda lines: [*lines, "[]"], "no JSON object"),
         (lambda lines: [lines[0], lines[1].replace('"rows": [{', '"rows": [{"more": 1, ')], "line 2 is not"),
-        (lambda lines: [lines[0], lines[2].replace('"run": 1, "tool"', '"run": "1", "tool"')], "its run cannot"),
+        (lambda lines: [lines[0], lines[2].replace('"run": 1, "to', '"run": "1", "to')], "its run cannot"),
         (lambda lines: [lines[0], *(n.replace('"success"', '"done"') for n in lines[1:])], "does not fit"),
     ],
 )  # fmt: skip

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, Response, StreamingResponse
 
-from ledger import UsageError
+from ledger import StoreError, UsageError
 from ledger_dashboard.figures import overview
 from ledger_dashboard.live import event_dict
-from ledger_dashboard.query import count_of, filter_of, range_of, text_of
+from ledger_dashboard.query import count_of, filter_of, place_after, place_of, range_of, text_of
+from ledger_dashboard.render import Json
 from ledger_dashboard.source import Opened
 from ledger_ops import acts
 from ledger_ops.transfer import export
@@ -38,21 +40,42 @@ async def opened_for(request: Request) -> Opened:
     return opened
 
 
+Route = Callable[[Request], Awaitable[Response]]
+
+
+def steady(route: Route) -> Route:
+    """Let a route answer once more when the ledger was closed or replaced while it was read."""
+
+    @functools.wraps(route)
+    async def answer(request: Request) -> Response:
+        opened = await opened_for(request)
+        try:
+            return await route(request)
+        except StoreError:
+            if await opened_for(request) is opened:
+                raise
+            return await route(request)
+
+    return answer
+
+
+@steady
 async def get_overview(request: Request) -> Response:
     """Sums, figures by tool and workflow, and the chart of a range."""
     since, until = range_of(request)
     opened = await opened_for(request)
     found = await run_in_threadpool(overview, opened, since, until)
-    return JSONResponse(found.to_dict())
+    return Json(found.to_dict())
 
 
+@steady
 async def get_calls(request: Request) -> Response:
     """A page of calls, newest first."""
     wanted, cursor = filter_of(request), text_of(request, "cursor")
     limit = max(count_of(request, "limit", _PAGE, _MOST_PAGE), 1)
     reader = (await opened_for(request)).reader
     found = await run_in_threadpool(reader.calls, wanted, limit=limit, cursor=cursor, seconds=SEARCH_SECONDS)
-    return JSONResponse(
+    return Json(
         {
             "calls": [record_dict(record) for record in found.records],
             "cursor": found.cursor,
@@ -62,6 +85,7 @@ async def get_calls(request: Request) -> Response:
     )
 
 
+@steady
 async def get_csv(request: Request) -> Response:
     """All calls of a filter as a table for a spreadsheet, with no cell that it takes for a formula."""
     wanted = filter_of(request)
@@ -79,34 +103,47 @@ def _chunks(lines: Iterator[str]) -> Iterator[bytes]:
         yield chunk.encode(errors="replace")
 
 
+@steady
 async def get_call(request: Request) -> Response:
     """All that is known of one call."""
     reader = (await opened_for(request)).reader
     found = await run_in_threadpool(reader.call, request.path_params["call"], seconds=SEARCH_SECONDS)
-    return JSONResponse({**found.to_dict(), "complete": found.complete})
+    return Json({**found.to_dict(), "complete": found.complete})
 
 
+@steady
 async def get_events(request: Request) -> Response:
     """Events after a number, oldest first; without one the newest."""
     wanted = filter_of(request)
     limit = max(count_of(request, "limit", _EVENTS, _MOST_EVENTS), 1)
     reader = (await opened_for(request)).reader
+    last = await run_in_threadpool(reader.last_seq)
     if text_of(request, "after") is None:
-        events = await run_in_threadpool(reader.last_events, limit, wanted)
+        found = await run_in_threadpool(reader.look_back, limit, wanted, seconds=SEARCH_SECONDS)
     else:
         after = count_of(request, "after", 0, 2**63 - 1)
-        events = await run_in_threadpool(reader.events, after, wanted, limit=limit)
-    last = await run_in_threadpool(reader.last_seq)
-    return JSONResponse({"events": [event_dict(event) for event in events], "last": last})
+        found = await run_in_threadpool(reader.look_on, after, wanted, limit=limit, seconds=SEARCH_SECONDS)
+    return Json(
+        {
+            "events": [event_dict(event) for event in found.events],
+            "upto": found.upto,
+            "complete": found.complete,
+            "reached": iso(found.reached),
+            "last": last,
+        }
+    )
 
 
+@steady
 async def get_doubts(request: Request) -> Response:
     """What waits for a person, oldest first."""
-    wanted = filter_of(request)
+    wanted, after = filter_of(request), place_of(request)
     limit = max(count_of(request, "limit", 100, _MOST_PAGE), 1)
     reader = (await opened_for(request)).reader
-    found = await run_in_threadpool(reader.doubts, wanted, limit=limit)
-    return JSONResponse({"doubts": [record_dict(record) for record in found]})
+    found = await run_in_threadpool(reader.doubts, wanted, limit=limit + 1, after=after)
+    shown = found[:limit]
+    cursor = place_after(shown[-1]) if len(found) > limit else None
+    return Json({"doubts": [record_dict(record) for record in shown], "cursor": cursor})
 
 
 async def get_openapi(request: Request) -> Response:  # noqa: ARG001 - a route
@@ -126,10 +163,12 @@ async def resolve(request: Request) -> Response:
     if "done" not in asked:
         raise HTTPException(400, 'say whether it was done: {"done": true} or {"done": false}')
     result = asked.get("result", "").strip() or None
+    if result is not None and not asked["done"]:
+        raise HTTPException(400, "what was not done has no result; send none")
     if result is not None:
         try:
             json.loads(result)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise HTTPException(
                 400, f"the result is not JSON ({error}); text needs quotes around it"
             ) from None
@@ -146,7 +185,7 @@ async def _act(request: Request, act: Any, **options: Any) -> Response:
     await run_in_threadpool(opened.changed)
     runs = await run_in_threadpool(opened.reader.store.rows, call)
     verdict = opened.reader.verdict(record, runs)
-    return JSONResponse({"call": record_dict(record), "verdict": verdict})
+    return Json({"call": record_dict(record), "verdict": verdict})
 
 
 async def _body(request: Request, fields: dict[str, type]) -> dict[str, Any]:

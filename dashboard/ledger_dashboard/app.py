@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -19,7 +20,7 @@ from starlette.types import Scope
 from ledger import InProgress, LedgerError, StoreError, UsageError
 from ledger_dashboard import api, live, metrics, pages
 from ledger_dashboard.render import refusal
-from ledger_dashboard.security import LOOPBACK, Keys, Shield, add_headers
+from ledger_dashboard.security import LOOPBACK, SAFE_METHODS, Keys, Shield, add_headers
 from ledger_dashboard.source import Source
 from ledger_ops.acts import who
 from ledger_ops.reader import NoLedger, NoSuchCall
@@ -32,6 +33,7 @@ class Desk:
         self.source = Source(url)
         self.keys = keys
         self.poller = live.Poller(self.source)
+        self.counts = metrics.Counts()
         self.read_only = read_only
         self.actor = f"{who()} (dashboard)"
 
@@ -93,12 +95,18 @@ async def _ledger_error(request: Request, error: Exception) -> Response:
         return refusal(request, 404, what, "Look for it in the list of calls.")
     if isinstance(error, NoLedger):
         return refusal(request, 503, "the ledger is gone", f"{_sentence(what)}. {_PUT_BACK} {_AGAIN}")
+    acting = request.method not in SAFE_METHODS
     if isinstance(error, StoreError):
+        source: Source = request.app.state.desk.source
+        await run_in_threadpool(source.doubt, error)
+        if acting and error.__cause__ is None:  # the file is there and sound, but somebody else writes
+            return refusal(request, 503, "nothing was changed: another process is writing", "Try again.")
         return refusal(request, 503, "the ledger cannot be read", f"{_sentence(str(error))}. {_AGAIN}")
     if isinstance(error, InProgress):
         return refusal(request, 409, what, _sentence(advice or "wait for the run to end"))
-    acting = request.method not in ("GET", "HEAD")
-    return refusal(request, 409 if acting else 400, what, _sentence(advice or "change what was asked for"))
+    if acting:  # what the ledger advises are words of the command line
+        return refusal(request, 409, what, "Reload the page and look at the call as it stands now.")
+    return refusal(request, 400, what, _sentence(advice or "change what was asked for"))
 
 
 _PUT_BACK = (
@@ -110,13 +118,6 @@ _AGAIN = "This page looks again by itself."
 
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-async def _closed(request: Request, error: Exception) -> Response:  # noqa: ARG001 - what it was is known
-    """The file was replaced while this request looked at the old one."""
-    return refusal(
-        request, 503, "the ledger was replaced while it was read", "This page looks again by itself."
-    )
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ledger import LedgerError
-from ledger_dashboard.query import count_of, filter_of
+from ledger_dashboard.query import count_of, filter_of, whole
 from ledger_dashboard.render import short_names
 from ledger_dashboard.source import Opened, Source
 from ledger_ops.values import Event, Filter
@@ -25,6 +25,8 @@ POLL_SECONDS = 0.5
 _BATCH, _WAITING = 500, 64
 _RETRY_MILLISECONDS = 2_000
 _PING_SECONDS, _GRACE_SECONDS = 15, 1.0
+#: how long is looked for what a page missed
+_LOOK_SECONDS = 0.06
 _END = "end"
 
 #: (kind of message, events, number of the newest event)
@@ -57,7 +59,7 @@ class Poller:
         self._seq = 0
 
     @contextmanager
-    def listen(self, seq: int) -> Any:
+    def listen(self, seq: int) -> Iterator[tuple[Listener, int]]:
         """A listener to what comes after the event with that number, as far as the poller has not read on."""
         listener = Listener()
         if self._task is None or self._task.done():
@@ -77,7 +79,8 @@ class Poller:
         while True:
             try:
                 opened, events = await run_in_threadpool(self._read)
-            except LedgerError:
+            except LedgerError as error:
+                await run_in_threadpool(self._source.doubt, error)
                 if here:
                     self._tell(("gone", [], 0))
                 here, self._opened = False, None
@@ -112,11 +115,12 @@ async def stream(request: Request) -> Response:
     source: Source = request.app.state.desk.source
     poller: Poller = request.app.state.desk.poller
     wanted = filter_of(request)
-    newest = await run_in_threadpool(source.last_seq)
+    opened = await run_in_threadpool(source.opened)
+    newest = await run_in_threadpool(opened.reader.last_seq)
     after = count_of(request, "after", newest, 2**63 - 1)
     last_id = request.headers.get("last-event-id", "")
-    if last_id.isdecimal():  # the browser connects again by itself
-        after = min(int(last_id), 2**63 - 1)
+    if (known := whole(last_id)) is not None:  # the browser connects again by itself
+        after = known
     leaving = anyio.Event()
     messages = _messages(source, poller, wanted, min(after, newest), newest, leaving)
     return EventSourceResponse(
@@ -155,8 +159,10 @@ async def _end(listener: Listener, leaving: anyio.Event) -> None:
 
 def _between(source: Source, after: int, upto: int, wanted: Filter) -> list[Event] | None:
     """What a page missed while it loaded or was away; None if that is too much to tell."""
-    events = source.opened().reader.events(after, wanted, limit=_BATCH + 1)
-    return [event for event in events if event.seq <= upto] if len(events) <= _BATCH else None
+    found = source.opened().reader.look_on(after, wanted, limit=_BATCH + 1, seconds=_LOOK_SECONDS)
+    if len(found.events) > _BATCH or found.upto < upto:
+        return None
+    return [event for event in found.events if event.seq <= upto]
 
 
 def _message(kind: str, events: list[Event], seq: int) -> ServerSentEvent:

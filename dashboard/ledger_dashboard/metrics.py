@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from ledger import LedgerError, Status
+from ledger_dashboard.render import Json
 from ledger_dashboard.source import Opened, Source
 
 _TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -18,9 +21,9 @@ _ESCAPED = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
 #: name, type, help, and the sum (of `Sums`) that it shows for each tool
 _BY_TOOL = (
     ("ledger_calls", "gauge", "Calls in the ledger.", "actions"),
-    ("ledger_attempts_total", "counter", "Times that a call was asked for.", "attempts"),
-    ("ledger_executed_total", "counter", "Runs that ended in success.", "executed"),
-    ("ledger_blocked_total", "counter", "Attempts that ran nothing: duplicates prevented.", "blocked"),
+    ("ledger_attempts", "gauge", "Times that the calls in the ledger were asked for.", "attempts"),
+    ("ledger_executed", "gauge", "Runs in the ledger that ended in success.", "executed"),
+    ("ledger_blocked", "gauge", "Attempts in the ledger that ran nothing: duplicates prevented.", "blocked"),
     ("ledger_calls_failed", "gauge", "Calls whose latest run failed.", "failed"),
     ("ledger_calls_suspended", "gauge", "Calls whose latest run suspended itself.", "suspended"),
     (
@@ -31,14 +34,64 @@ _BY_TOOL = (
     ),
     ("ledger_calls_running", "gauge", "Calls that run now.", "running"),
 )
+#: name, help, and the kinds of events that it adds up
+_COUNTERS = (
+    ("ledger_attempts_total", "Times that a call was asked for.", ("claimed", "blocked", "ran", "raised")),
+    ("ledger_claims_total", "Runs that were begun.", ("claimed", "ran", "raised")),
+    ("ledger_executed_total", "Runs that ended in success.", ("success", "late", "resolved", "ran")),
+    ("ledger_blocked_total", "Attempts that ran nothing: duplicates prevented.", ("blocked",)),
+    ("ledger_failed_total", "Runs that failed.", ("failed", "raised")),
+)
+_SINCE = "Since this dashboard was first asked."
+
+
+class Counts:
+    """Events by tool and kind since the first look: what is pruned or cleared later was counted all the same."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str], int] = defaultdict(int)
+        self._opened: Opened | None = None
+        self._seq = 0
+        self._lock = threading.Lock()
+
+    def advance(self, opened: Opened) -> dict[tuple[str, str], int]:
+        """Count what came, and give all counts."""
+        with self._lock:
+            last = opened.reader.last_seq()
+            browse = opened.reader.store.browse
+            restored = browse("SELECT MAX(seq) FROM events WHERE seq > ? AND kind = 'restored'", (self._seq,))
+            if (
+                opened is not self._opened or last < self._seq
+            ):  # another history: its events were counted, or never here
+                self._opened, self._seq = opened, last
+            after = max(self._seq, restored[0][0] or 0)
+            for tool, kind, n in browse(_NEW_EVENTS, (after, last)):
+                self._counts[tool, kind] += n
+            self._seq = last
+            return dict(self._counts)
+
+
+_NEW_EVENTS = """
+SELECT tool, kind, SUM(n)
+  FROM events
+ WHERE seq > ? AND seq <= ? AND tool IS NOT NULL
+ GROUP BY tool, kind
+"""
 
 
 async def get_metrics(request: Request) -> Response:
     """All figures; `ledger_up 0` while the ledger cannot be read."""
     source: Source = request.app.state.desk.source
+    counts: Counts = request.app.state.desk.counts
+
+    def gather() -> list[str]:
+        source.probe()
+        return list(_lines(source.opened(), counts))
+
     try:
-        lines = await run_in_threadpool(lambda: list(_lines(source.opened())))
-    except LedgerError:
+        lines = await run_in_threadpool(gather)
+    except LedgerError as error:
+        await run_in_threadpool(source.doubt, error)
         lines = list(_metric("ledger_up", "gauge", "Whether the ledger can be read.", [({}, 0)]))
     return PlainTextResponse("\n".join(lines) + "\n", media_type=_TYPE)
 
@@ -48,26 +101,28 @@ async def get_health(request: Request) -> Response:
     source: Source = request.app.state.desk.source
     tells = not request.scope.get("ledger_stranger")
     try:
-        seq = await run_in_threadpool(source.last_seq)
+        seq = await run_in_threadpool(source.probe)
     except LedgerError as error:
+        await run_in_threadpool(source.doubt, error)
         reason = {"reason": str(error)} if tells else {}
-        return JSONResponse({"status": "unavailable", **reason}, 503)
-    return JSONResponse({"status": "ok", **({"ledger": source.name, "seq": seq} if tells else {})})
+        return Json({"status": "unavailable", **reason}, 503)
+    return Json({"status": "ok", **({"ledger": source.name, "seq": seq} if tells else {})})
 
 
-def _lines(opened: Opened) -> Iterator[str]:
+def _lines(opened: Opened, counts: Counts) -> Iterator[str]:
     counted = opened.count()
     stats = opened.stats()
     yield from _metric("ledger_up", "gauge", "Whether the ledger can be read.", [({}, 1)])
     for name, kind, text, field in _BY_TOOL:
         values = (({"tool": tool}, getattr(sums, field)) for tool, sums in stats.tools.items())
         yield from _metric(name, kind, text, values)
-    claims = (({"tool": tool}, sums.attempts - sums.blocked) for tool, sums in stats.tools.items())
-    yield from _metric("ledger_claims_total", "counter", "Runs that were begun.", claims)
-    if counted:  # half of them would look like a burst
+    found = counts.advance(opened)
+    tools = sorted({*stats.tools, *(tool for tool, _ in found)})
+    for name, text, kinds in _COUNTERS:  # from 0 on, so that a first failure shows in a rate
+        added = (({"tool": tool}, sum(found.get((tool, kind), 0) for kind in kinds)) for tool in tools)
+        yield from _metric(name, "counter", f"{text} {_SINCE}", added)
+    if counted:  # half of them would be wrong
         rows = opened.rollup.tools()
-        failed = (({"tool": row.tool}, row.failed) for row in rows)
-        yield from _metric("ledger_failed_total", "counter", "Runs that failed.", failed)
         yield from _metric(
             "ledger_run_seconds", "gauge", "How long runs take: quantiles over all of them.",
             (
@@ -92,7 +147,7 @@ def _doubts(opened: Opened) -> Iterator[str]:
         [({}, round(max(oldest, 0.0), 3))],
     )  # fmt: skip
     seq = opened.reader.last_seq()
-    yield from _metric("ledger_events_total", "counter", "Events that were ever recorded.", [({}, seq)])
+    yield from _metric("ledger_last_event", "gauge", "Number of the newest event.", [({}, seq)])
 
 
 def _metric(name: str, kind: str, text: str, values: Iterable[tuple[dict[str, str], float]]) -> Iterator[str]:

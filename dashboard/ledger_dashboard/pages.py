@@ -13,9 +13,9 @@ from starlette.responses import HTMLResponse, Response
 
 import ledger
 from ledger import Record
-from ledger_dashboard.api import SEARCH_SECONDS, opened_for
+from ledger_dashboard.api import SEARCH_SECONDS, opened_for, steady
 from ledger_dashboard.figures import overview, share
-from ledger_dashboard.query import FIELDS, count_of, filter_of, range_of, text_of
+from ledger_dashboard.query import FIELDS, count_of, filter_of, place_after, place_of, range_of, text_of
 from ledger_dashboard.render import link, render, short_names
 from ledger_dashboard.security import set_cookie, visitor_of
 from ledger_dashboard.source import SELDOM, Opened
@@ -27,6 +27,7 @@ _PATIENT_SECONDS = 10.0
 _RANGES = (("1h", "1 hour"), ("24h", "24 hours"), ("7d", "7 days"), ("30d", "30 days"), ("all", "all"))
 
 
+@steady
 async def get_overview(request: Request) -> Response:
     """The headline, the chart, and figures by tool and by workflow."""
     chosen = text_of(request, "since")
@@ -42,6 +43,7 @@ async def get_overview(request: Request) -> Response:
     )
 
 
+@steady
 async def get_calls(request: Request) -> Response:
     """Calls by filter, newest first."""
     wanted, cursor = filter_of(request), text_of(request, "cursor")
@@ -66,6 +68,7 @@ async def get_calls(request: Request) -> Response:
     )  # fmt: skip
 
 
+@steady
 async def get_call(request: Request) -> Response:
     """One call: what was asked, what came of it, every attempt."""
     seconds = _PATIENT_SECONDS if text_of(request, "all") else SEARCH_SECONDS
@@ -87,42 +90,45 @@ async def get_call(request: Request) -> Response:
     return await _answer(request, "call", opened, gather)
 
 
+@steady
 async def get_live(request: Request) -> Response:
     """Events as they happen."""
     wanted = Filter(tool=text_of(request, "tool"), wf=text_of(request, "wf"))
     opened = await opened_for(request)
 
     def gather() -> dict[str, Any]:
-        events = opened.reader.last_events(_EVENTS, wanted)
-        tools = {event.tool for event in events if event.tool is not None}
-        return {"events": events[::-1], **_choices(opened, []), "names": {t: ledger._short(t) for t in tools}}
+        found = opened.reader.look_back(_EVENTS, wanted, seconds=SEARCH_SECONDS)
+        tools = {event.tool for event in found.events if event.tool is not None}
+        return {
+            "events": found.events[::-1],
+            "reached": None if found.reached is None else clock(found.reached),
+            **_choices(opened, []),
+            "names": {tool: ledger._short(tool) for tool in tools},
+        }
 
     return await _answer(
         request, "live", opened, gather, asked={"tool": wanted.tool or "", "wf": wanted.wf or ""}
     )
 
 
+@steady
 async def get_doubts(request: Request) -> Response:
     """What waits for a person, oldest first."""
-    after = text_of(request, "after")
-    begins, _, last = (after or "").partition(".")
-    since = int(begins) if begins.isdecimal() and len(begins) < 19 else None
+    after = place_of(request)
     opened = await opened_for(request)
 
     def gather() -> dict[str, Any]:
-        found = opened.reader.doubts(Filter(since=since), limit=_DOUBTS + 1)
-        found = [record for record in found if record.call != last]
-        rest = found[_DOUBTS:]
-        found = found[:_DOUBTS]
-        more = _with(request, after=f"{found[-1].started}.{found[-1].call}") if rest else None
+        found = opened.reader.doubts(limit=_DOUBTS + 1, after=after)
+        records = found[:_DOUBTS]
+        more = _with(request, cursor=place_after(records[-1])) if len(found) > _DOUBTS else None
         return {
-            "records": found,
+            "records": records,
             "next": more,
-            "offers": {r.call: _offers(r, runs=r.run) for r in found},
-            **_choices(opened, found),
+            "offers": {r.call: _offers(r, runs=r.run) for r in records},
+            **_choices(opened, records),
         }
 
-    return await _answer(request, "doubts", opened, gather, after=after)
+    return await _answer(request, "doubts", opened, gather, is_further=after is not None)
 
 
 async def _answer(request: Request, view: str, opened: Opened, gather: Any, **values: Any) -> Response:
@@ -140,7 +146,8 @@ async def _answer(request: Request, view: str, opened: Opened, gather: Any, **va
         )  # fmt: skip
         answer = HTMLResponse(html, headers={"Vary": "HX-Request", "X-Ledger-Doubts": str(doubts)})
         if visitor != visitor_of(request):
-            set_cookie(request, answer, "visitor", visitor, seconds=None)
+            # not strict: who follows a link from another site would get a new one, and other tabs' buttons would fail
+            set_cookie(request, answer, "visitor", visitor, seconds=None, strict=False)
         return answer
 
     return await run_in_threadpool(make)

@@ -7,11 +7,15 @@ from typing import cast
 
 from starlette.requests import Request
 
-from ledger import UsageError
+from ledger import Record, UsageError
 from ledger_ops.values import Filter, State, parse_time
 
 FIELDS = ("tool", "status", "wf", "caller", "since", "until", "search")
-_LONGEST = 400
+#: a name may be as long as a request line allows; a text that is searched for costs time
+_LONGEST, _LONGEST_SEARCH = 16_000, 400
+#: times that people and SQLite can handle: the years 2 to 9998
+_EARLIEST, _LATEST = -62_104_060_800_000_000, 253_370_764_800_000_000
+_MOST_DIGITS = 19
 #: since=all
 BEGINNING = 0
 
@@ -19,8 +23,9 @@ BEGINNING = 0
 def text_of(request: Request, name: str) -> str | None:
     """A field of the query, None when it is empty; raises `UsageError` when it is too long."""
     value = request.query_params.get(name, "")
-    if len(value) > _LONGEST:
-        raise UsageError(f"{name} is longer than {_LONGEST} characters; give less of it")
+    longest = _LONGEST_SEARCH if name == "search" else _LONGEST
+    if len(value) > longest:
+        raise UsageError(f"{name} is longer than {longest} characters; give less of it")
     return value or None
 
 
@@ -30,9 +35,12 @@ def time_of(request: Request, name: str) -> int | None:
     if text is None:
         return None
     try:
-        return parse_time(text)
-    except OverflowError:
-        raise UsageError(f"{name} lies too far away; give a time within the ledger") from None
+        moment = parse_time(text)
+    except (OverflowError, ValueError, OSError):  # outside of what the calendar or the system knows
+        moment = None
+    if moment is None or not _EARLIEST <= moment <= _LATEST:
+        raise UsageError(f"{name} lies too far away; give a time within the ledger")
+    return moment
 
 
 def range_of(request: Request) -> tuple[int | None, int | None]:
@@ -59,9 +67,32 @@ def count_of(request: Request, name: str, usual: int, most: int) -> int:
     text = text_of(request, name)
     if text is None:
         return usual
-    if not text.isdecimal() or int(text) > most:
-        raise UsageError(f"{name} is a whole number up to {most}, not {text!r}")
-    return int(text)
+    number = whole(text)
+    if number is None or number > most:
+        raise UsageError(f"{name} is a whole number up to {most}, not {text[:40]!r}")
+    return number
+
+
+def whole(text: str) -> int | None:
+    """A whole number as SQLite can hold it, None if the text is none."""
+    return int(text) if text.isdecimal() and len(text) <= _MOST_DIGITS else None
+
+
+def place_of(request: Request) -> tuple[int, str] | None:
+    """The cursor of a list of doubts: start and call of the last one of the page before."""
+    text = text_of(request, "cursor")
+    if text is None:
+        return None
+    begins, _, call = text.partition(".")
+    started = whole(begins)
+    if started is None or not call.isalnum() or started > _LATEST:
+        raise UsageError(f"{text[:40]!r} is no cursor; take the one that the page before gave")
+    return started, call
+
+
+def place_after(record: Record) -> str:
+    """The cursor of what comes after a doubt."""
+    return f"{record.started}.{record.call}"
 
 
 def now() -> int:

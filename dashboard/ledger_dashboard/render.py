@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from datetime import datetime
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
@@ -17,6 +18,7 @@ from ledger_ops.values import clock, iso, printable, span, state_of
 #: how much of a recorded value a page shows; the API gives all of it
 _MOST_NODES, _MOST_PARTS, _MOST_LEVELS, _LONGEST_TEXT = 1_000, 200, 24, 8_000
 _SHOWN_SUMMARY = 160
+_MOST_SENT_LEVELS = 100
 #: what a secret is recorded as
 _MASK = "****"
 
@@ -54,6 +56,11 @@ def link(request: Request, name: str, **params: str) -> str:
 def shown(value: Any) -> Any:
     """What goes into a page: recorded text cannot turn the reading direction or hide characters."""
     return printable(value, lines=True) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def raw(value: str | None) -> Markup:
+    """What a form sends back: escaped for HTML, otherwise as it was recorded, or nothing would match it."""
+    return escape(value or "")
 
 
 def number(value: float) -> str:
@@ -195,6 +202,28 @@ def _text(name: str | None, value: str) -> Node:
 # -- answers --
 
 
+class Json(JSONResponse):
+    """JSON in ASCII: recorded text may hold half of a surrogate pair, which no encoding can carry."""
+
+    def render(self, content: Any) -> bytes:
+        """The bytes; what somebody else recorded may be more than JSON, or nested beyond reason."""
+        try:
+            text = json.dumps(content, allow_nan=False, separators=(",", ":"))
+        except (ValueError, RecursionError):
+            text = json.dumps(_sendable(content, 0), separators=(",", ":"))
+        return text.encode()
+
+
+def _sendable(value: Any, level: int) -> Any:
+    if level >= _MOST_SENT_LEVELS:
+        return "nested too deeply to send"
+    if isinstance(value, dict):
+        return {name: _sendable(part, level + 1) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_sendable(part, level + 1) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def make_environment() -> Environment:
     """The templates: everything is escaped, and recorded text made printable, wherever it is put."""
     made = Environment(
@@ -206,7 +235,7 @@ def make_environment() -> Environment:
         lstrip_blocks=True,
     )
     made.filters |= {"moment": moment, "number": number, "percent": percent, "span": span, "summary": summary}
-    made.filters |= {"arguments": arguments, "state": state_of, "tree": tree, "took": took}
+    made.filters |= {"raw": raw, "arguments": arguments, "state": state_of, "tree": tree, "took": took}
     made.globals |= {"STATE_NAMES": STATE_NAMES, "EVENT_TONES": EVENT_TONES, "version": ledger.__version__}
     return made
 
@@ -226,7 +255,7 @@ def refusal(request: Request, status: int, what: str, advice: str) -> Response:
         "text/html" in request.headers.get("accept", "text/html") and "hx-request" not in request.headers
     )
     if path.startswith(("/api/", "/health", "/metrics")) or not wants_html:
-        return JSONResponse({"error": what, "advice": advice}, status)
+        return Json({"error": what, "advice": advice}, status)
     html = render(
         "error.html", status=status, what=what, advice=advice, base=base_of(request), again=status == 503,
         ask_token=status == 401,

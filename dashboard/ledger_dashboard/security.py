@@ -26,6 +26,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 ANY_ADDRESS = "*"
 #: what one binds to be reached at every address of the machine
 EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
+#: tells our script that a page of now has another CSRF token
+STALE = "X-Ledger-Stale"
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 _POLICY = (
@@ -174,7 +176,7 @@ class Shield:
         # the path alone: a full URL would be built from a header; and "//evil" would be another host
         target = "/" + request.url.path.lstrip("/") + (f"?{urlencode(rest)}" if rest else "")
         answer = RedirectResponse(target, status_code=303)
-        set_cookie(request, answer, "badge", self.keys.badge, seconds=_YEAR_SECONDS)
+        set_cookie(request, answer, "badge", self.keys.badge, seconds=_YEAR_SECONDS, strict=True)
         return answer
 
     def _refuse_change(self, request: Request) -> Response | None:
@@ -186,18 +188,22 @@ class Shield:
         if request.scope.get("ledger_bearer"):  # no browser sends that header by itself
             return None
         if not self.keys.is_csrf(visitor_of(request), request.headers.get("x-csrf-token", "")):
-            return refusal(
+            answer = refusal(
                 request, 403, "the CSRF token is missing or old",
                 "Reload the page and do it again; the dashboard may have been restarted.",
             )  # fmt: skip
+            answer.headers[STALE] = "csrf"
+            return answer
         return None
 
 
-def set_cookie(request: Request, answer: Response, what: str, value: str, *, seconds: int | None) -> None:
-    """A cookie that no script reads and no other site sends."""
+def set_cookie(
+    request: Request, answer: Response, what: str, value: str, *, seconds: int | None, strict: bool
+) -> None:
+    """A cookie that no script reads. A strict one stays at home when another site links here."""
     answer.set_cookie(
         cookie_name(request, what), value, max_age=seconds, path=base_of(request) or "/",
-        secure=request.url.scheme == "https", httponly=True, samesite="strict",
+        secure=request.url.scheme == "https", httponly=True, samesite="strict" if strict else "lax",
     )  # fmt: skip
 
 
@@ -232,12 +238,19 @@ def _is_own(request: Request) -> bool:
     """Whether our own page, a person or a program asks; browsers tell where a request comes from."""
     site = request.headers.get("sec-fetch-site", "none")
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc.lower() != request.headers.get("host", "").lower():
+    if origin is not None and _host_of(origin) != request.headers.get("host", "").lower():
         return False
     if request.method not in SAFE_METHODS:
         return site in ("same-origin", "none") if origin is None else site != "cross-site"
     # following a link to a page is fine, fetching from another page is not
     return site in ("same-origin", "none") or request.headers.get("sec-fetch-mode") == "navigate"
+
+
+def _host_of(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:  # such as an address that does not end
+        return None
 
 
 def _bearer(request: Request) -> str | None:

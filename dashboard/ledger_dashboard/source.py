@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import threading
 import time
 from pathlib import Path
 
-from ledger import LedgerError
-from ledger_ops.reader import Reader, open_ledger
+from ledger import LedgerError, SqliteStore
+from ledger_ops.reader import AnyStore, Reader, open_ledger
 from ledger_ops.rollup import Rollup
 from ledger_ops.values import Stats
 
 #: how sums are reused: looking at them takes no more than a tenth, or a hundredth, of the time
 OFTEN, SELDOM = 10, 100
 _INLINE_SECONDS, _SLICE_SECONDS, _PAUSE_SECONDS = 0.02, 0.1, 0.02
+#: a person looks at the page meanwhile
+_LOCK_SECONDS = 5.0
+#: what SQLite says of a file whose bytes are no ledger's
+_DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
 
 class Opened:
     """One file, as long as it is the one that was opened. Safe under threads."""
 
     def __init__(self, url: str | None) -> None:
-        store = open_ledger(url)
+        store = _open(url)
         self.address = store.address
         self.identity = _identity(self.address)
         self.reader = Reader(store)
         # its own connections: counting a big file must not make pages wait for each other's lock
-        self.rollup = Rollup(Reader(open_ledger(url)))
+        self.rollup = Rollup(Reader(_open(url)))
         self._stats: Stats | None = None
         self._stats_at = self._stats_cost = 0.0
         self._stats_lock = threading.Lock()
@@ -107,9 +112,24 @@ class Source:
                 self._opened = Opened(self.url)
             return self._opened
 
-    def last_seq(self) -> int:
-        """The number of the newest event."""
-        return self.opened().reader.last_seq()
+    def probe(self) -> int:
+        """Read what every claim needs from the file itself; gives the number of the newest event.
+
+        A connection that is open answers from its cache, and would call a file sound that was overwritten.
+        """
+        self.opened()
+        store = _open(self.url)
+        try:
+            for sql in _PROBES:
+                store.browse(sql)
+            return Reader(store).last_seq()
+        finally:
+            store.close()
+
+    def doubt(self, error: Exception) -> None:
+        """Close a ledger that was found damaged: its cached pages must not outlive what is put back."""
+        if is_damage(error):
+            self.close()
 
     def close(self) -> None:
         """Give the ledger back; it is opened again when it is needed again."""
@@ -117,6 +137,21 @@ class Source:
             if self._opened is not None:
                 self._opened.close()
                 self._opened = None
+
+
+_PROBES = ("SELECT * FROM runs ORDER BY id DESC LIMIT 1", "SELECT * FROM totals", "SELECT * FROM meta")
+
+
+def _open(url: str | None) -> AnyStore:
+    store = open_ledger(url)
+    if isinstance(store, SqliteStore):
+        store.lock_seconds = _LOCK_SECONDS
+    return store
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether the bytes of the file are at fault."""
+    return (getattr(error.__cause__, "sqlite_errorcode", None) or 0) & 0xFF in _DAMAGED
 
 
 def _identity(path: str) -> tuple[int, int] | None:
