@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx
+from starlette.testclient import TestClient
 
 from tests.actors import PATIENCE, Actor, Stage
 
@@ -173,7 +174,7 @@ def serving(db: Path, *options: str) -> Iterator[Server]:
     assert errors == ""
 
 
-def csrf_of(client: httpx.Client) -> dict[str, str]:
+def csrf_of(client: httpx.Client | TestClient) -> dict[str, str]:
     """The header that a page of this visitor would send with a change."""
     found = re.search(r'name="csrf-token" content="(\w+)"', client.get("/").text)
     assert found is not None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import html
+import os
 import re
 import sqlite3
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,15 @@ from typing import Any
 import pytest
 from ledger_dashboard import create_app
 from starlette.testclient import TestClient
+from starlette.types import Message, Receive, Scope, Send
 
+from ledger import UsageError
+from ledger_ops import acts
+from ledger_ops.reader import open_store
 from tests.actors import Stage
-from tests.dashboard_kit import copy_of, csrf_of, leave_doubt
+from tests.dashboard_kit import CHARGER, copy_of, csrf_of, leave_doubt, tell_story
 
+TOKEN = "a-long-random-token-of-a-test"
 #: names that a form must send back as they are: joiners, a tab, a mark that turns the direction, markup
 ODD_NAMES = ("team \u200d\u200c one", "tab\there", "\u202etrip", "<b>\"&amp;'", "w" * 900)
 #: what JSON can say and UTF-8 cannot
@@ -203,3 +211,197 @@ def test_a_search_for_events_ends_in_time_and_says_how_far_it_got(
     assert "Looked back to 2023-11-15" in page
     assert ([], False, 30_001) == (back["events"], back["complete"], back["upto"])
     assert ([], False, 20_000) == (on["events"], on["complete"], on["upto"])
+
+
+# -- machines --
+
+
+def test_counters_never_go_down(stage: Stage) -> None:
+    """What happened while it was watched stays counted, also when the calls are cleared; gauges follow."""
+    charger = stage.start(CHARGER)
+    assert charger.line() == "ready"
+
+    def charge(order: str) -> None:
+        charger.tell(order)
+        assert charger.line() == "done"
+
+    charge("before")
+    with visiting(stage.db) as client:
+        seen = [metrics_of(client)]
+        for order in ("A-1", "A-1", "A-2"):
+            charge(order)
+        seen.append(metrics_of(client))
+        acts.clear(open_store(stage.db), actor="test")
+        seen.append(metrics_of(client))
+        charge("A-3")
+        seen.append(metrics_of(client))
+    charger.tell("")
+    charger.ends_well()
+
+    tool = '{tool="actor.charge"}'
+    assert [0, 3, 3, 4] == [values["ledger_attempts_total" + tool] for values in seen]
+    assert [0, 2, 2, 3] == [values["ledger_claims_total" + tool] for values in seen]
+    assert [0, 2, 2, 3] == [values["ledger_executed_total" + tool] for values in seen]
+    assert [0, 1, 1, 1] == [values["ledger_blocked_total" + tool] for values in seen]
+    assert [1, 1] == [values["ledger_calls" + tool] for values in (seen[0], seen[3])]
+
+
+def metrics_of(client: TestClient) -> dict[str, float]:
+    """Each value by its name and labels."""
+    lines = client.get("/metrics").text.splitlines()
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[0] != "#"}
+
+
+# -- ledgers that break --
+
+
+def test_a_file_that_was_overwritten_is_told_and_recovers(stage: Stage) -> None:
+    """Garbage in place of the bytes is 503 at once; good bytes are read again without a restart."""
+    tell_story(stage)
+    db = copy_of(stage.db)
+    good = db.read_bytes()
+    with visiting(db) as client:
+        before = [client.get(path).status_code for path in ("/", "/calls", "/health", "/metrics")]
+        with db.open("r+b") as file:
+            file.write(os.urandom(len(good)))
+        broken = [client.get(path).status_code for path in ("/health", "/calls", "/api/calls")]
+        down = metrics_of(client)["ledger_up"]
+        with db.open("r+b") as file:
+            file.write(good)
+        after = [client.get(path).status_code for path in ("/calls", "/api/calls", "/", "/health")]
+        up = metrics_of(client)["ledger_up"]
+
+    assert [200] * 4 == before
+    assert [503] * 3 == broken
+    assert [200] * 4 == after
+    assert (0, 1) == (down, up)
+
+
+def test_a_damaged_table_is_found_by_health(stage: Stage) -> None:
+    """Pages of the file that turn to noise behind a sound first page are 503, not a cached yes."""
+    tell_story(stage)
+    db = copy_of(stage.db)
+    good = db.read_bytes()
+    with visiting(db) as client:
+        client.get("/")
+        db.write_bytes(good[:4096] + os.urandom(len(good) - 4096))
+        broken = client.get("/health")
+        db.write_bytes(good)
+        healthy = client.get("/health")
+
+    assert (503, 200) == (broken.status_code, healthy.status_code)
+    assert "reason" in broken.json()
+
+
+def test_a_file_that_is_replaced_under_load_is_never_a_failure(stage: Stage) -> None:
+    """While another ledger takes its place again and again, each answer is a page, or 503."""
+    tell_story(stage)
+    db = copy_of(stage.db)
+    good, over = db.read_bytes(), threading.Event()
+    with visiting(db) as client:
+        client.get("/")
+
+        def ask(path: str) -> set[int]:
+            seen = set()
+            while not over.is_set():
+                seen.add(client.get(path).status_code)
+            return seen
+
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(ask, path) for path in ("/", "/api/overview", "/calls", "/metrics")]
+            for n in range(40):
+                other = db.with_name(f"other-{n}")
+                other.write_bytes(good)
+                other.rename(db)
+                over.wait(0.02)
+            over.set()
+            seen = set().union(*(each.result() for each in asked))
+        last = client.get("/api/overview")
+
+    assert seen <= {200, 503}
+    assert (200, 26) == (last.status_code, last.json()["total"]["executed"])
+
+
+def test_a_held_write_is_told_soon_and_plainly(odd: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While another process writes, a decision is 503 with words for people, and nothing is changed."""
+    monkeypatch.setattr("ledger_dashboard.source.LOCK_SECONDS", 0.2)
+    with visiting(odd.db) as client, closing(sqlite3.connect(odd.db, isolation_level=None)) as db:
+        call = client.get("/api/doubts").json()["doubts"][0]["call"]
+        csrf = csrf_of(client)
+        db.execute("BEGIN IMMEDIATE")
+        answer = client.post(f"/api/calls/{call}/retry", json={}, headers=csrf)
+        db.execute("ROLLBACK")
+        waiting = client.get("/api/doubts").json()["doubts"]
+
+    assert 503 == answer.status_code
+    assert {
+        "error": "nothing was changed: another process is writing",
+        "advice": "Try again.",
+    } == answer.json()
+    assert [call] == [doubt["call"] for doubt in waiting]
+
+
+def test_a_refused_decision_speaks_of_pages_not_of_commands(stage: Stage) -> None:
+    """What a 409 says fits a browser."""
+    leave_doubt(stage)
+    with visiting(stage.db) as client:
+        call, csrf = client.get("/api/doubts").json()["doubts"][0]["call"], csrf_of(client)
+        client.post(f"/api/calls/{call}/resolve", json={"done": False}, headers=csrf)
+        refused = [
+            client.post(f"/api/calls/{call}/{act}", json=body, headers=csrf)
+            for act, body in (("resolve", {"done": True}), ("retry", {}))
+        ]
+
+    assert [409, 409] == [answer.status_code for answer in refused]
+    assert [] == [answer.text for answer in refused if "`" in answer.text or "--" in answer.text]
+
+
+# -- the token --
+
+
+def test_the_form_leads_to_the_page_that_was_asked_for(odd: Stage) -> None:
+    """The token travels in a POST of the same origin; a wrong one is asked for again, with the way kept."""
+    with visiting(odd.db, token=f" {TOKEN} ") as client:
+        asked = client.get("/calls?status=success&wf=a%26b", headers={"Accept": "text/html"})
+        target = html.unescape(str(re.search(r'name="target" value="([^"]*)"', asked.text)[1]))  # type: ignore[index]
+        wrong = client.post("/enter", data={"token": "wrong", "target": target}, follow_redirects=False)
+        strange = client.post("/enter", data={"token": TOKEN}, headers={"Origin": "http://evil.example"})
+        right = client.post("/enter", data={"token": TOKEN, "target": target}, follow_redirects=False)
+        away = client.post(
+            "/enter", data={"token": TOKEN, "target": "/\\/evil.example"}, follow_redirects=False
+        )
+        inside = client.get("/calls")
+
+    assert 401 == asked.status_code == wrong.status_code
+    assert "/calls?status=success&wf=a%26b" == target
+    assert f'value="{html.escape(target)}"' in wrong.text
+    assert 403 == strange.status_code
+    assert (303, target) == (right.status_code, right.headers["location"])
+    assert "/evil.example" == away.headers["location"]
+    assert 200 == inside.status_code
+
+
+def test_the_server_around_it_never_sees_the_token(odd: Stage) -> None:
+    """What a server's access log would print of a visit holds the rest of the query, and no token."""
+    app, logged = create_app(odd.db, token=TOKEN), []
+
+    async def around(scope: Scope, receive: Receive, send: Send) -> None:
+        async def noting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                logged.append(scope["query_string"])
+            await send(message)
+
+        await app(scope, receive, noting)
+
+    client = TestClient(around, base_url="http://localhost", follow_redirects=False)
+    for token in (TOKEN, "wrong"):
+        client.get(f"/calls?tool=keep&token={token}")
+
+    assert [b"tool=keep", b"tool=keep"] == logged
+
+
+@pytest.mark.parametrize("token", ["", " ", "schlüssel", "two words", "bell\a"])
+def test_a_token_that_no_header_can_carry_is_refused(odd: Stage, token: str) -> None:
+    """It is an error at start, not a door that never opens."""
+    with pytest.raises(UsageError, match="token"):
+        create_app(odd.db, token=token)

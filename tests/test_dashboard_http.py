@@ -350,9 +350,10 @@ def test_metrics_are_prometheus_text(client: httpx.Client) -> None:
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert {name.partition("{")[0] for name in values} <= typed
     assert 1 == values["ledger_up"]
-    assert 12 == values['ledger_blocked_total{tool="actor.charge"}']
-    assert 12 == values['ledger_executed_total{tool="actor.charge"}']
-    assert 2 == values['ledger_failed_total{tool="actor.send_email"}']
+    assert 12 == values['ledger_blocked{tool="actor.charge"}']
+    assert 12 == values['ledger_executed{tool="actor.charge"}']
+    assert 1 == values['ledger_calls_failed{tool="actor.send_email"}']
+    assert 0 == values['ledger_failed_total{tool="actor.send_email"}']
     assert 2 == values["ledger_runs_past_lease"]
     assert values["ledger_oldest_doubt_seconds"] > 0
 
@@ -501,7 +502,7 @@ def test_a_body_must_be_small_json_of_known_fields(client: httpx.Client) -> None
         client.get(path),
     ]
 
-    assert [415, 400, 400, 400, 400, 400, 400, 400, 409, 413, 405] == [a.status_code for a in answers]
+    assert [415, 400, 400, 400, 400, 400, 400, 400, 400, 413, 405] == [a.status_code for a in answers]
     assert 2 == len(calls_of(client, status="in_doubt"))
 
 

@@ -14,20 +14,8 @@ import pytest
 
 import ledger
 from ledger import InProgress, Record, Run, Store
-from tests.stores.kit import (
-    KINDS,
-    LEASE,
-    FakeClock,
-    SixMethodStore,
-    claim,
-    claim_of,
-    open_store,
-    release,
-    renew,
-    reset,
-    resolve,
-    settle,
-)
+from ledger_stores.testing import LEASE, FakeClock, claim, claim_of, release, renew, reset, resolve, settle
+from tests.stores.kit import KINDS, SixMethodStore, open_store
 
 
 class World:

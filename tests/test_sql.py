@@ -10,7 +10,7 @@ import pytest
 
 import ledger
 from ledger import SqliteStore
-from tests.stores.kit import claim, settle
+from ledger_stores.testing import claim, settle
 
 
 @pytest.fixture

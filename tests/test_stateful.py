@@ -9,13 +9,11 @@ import pytest
 
 import ledger
 from ledger import Run
-from tests.stores.kit import (
-    KINDS,
+from ledger_stores.testing import (
     LEASE,
     SECOND,
     FakeClock,
     claim,
-    open_store,
     release,
     renew,
     reset,
@@ -23,6 +21,7 @@ from tests.stores.kit import (
     settle,
     shape,
 )
+from tests.stores.kit import KINDS, open_store
 
 
 @dataclass
@@ -187,7 +186,7 @@ class Machine:
             verdict = store.transact(op)
             row = verdict.row or row
             assert (kind, expected) == (kind, verdict.kind), self.path
-            assert shape(self.model.rows) == shape(store.rows("c")), (kind, self.path)  # type: ignore[arg-type]
+            assert shape(self.model.rows) == shape(store.rows("c")), (kind, self.path)
             assert [r.lease for r in self.model.rows] == [r.lease for r in store.rows("c")], self.path
         return row
 

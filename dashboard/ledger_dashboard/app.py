@@ -17,10 +17,19 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from ledger import InProgress, LedgerError, StoreError, UsageError
+from ledger import InProgress, LedgerError, StoreError
 from ledger_dashboard import api, live, metrics, pages
 from ledger_dashboard.render import refusal
-from ledger_dashboard.security import LOOPBACK, SAFE_METHODS, Keys, Shield, add_headers
+from ledger_dashboard.security import (
+    ENTRANCE,
+    LOOPBACK,
+    SAFE_METHODS,
+    Keys,
+    Shield,
+    add_headers,
+    checked_token,
+    enter,
+)
 from ledger_dashboard.source import Source
 from ledger_ops.acts import who
 from ledger_ops.reader import NoLedger, NoSuchCall
@@ -66,9 +75,7 @@ def create_app(
     It answers to `allowed_hosts` (with the port that was bound; a name of its own for a proxy's) and, if
     there is a `token`, to those who know it. The ledger is opened when the first request comes.
     """
-    if token is not None and not token.strip():
-        raise UsageError("the token is empty, so anybody would know it; give a long random one")
-    keys = Keys(token)
+    keys = Keys(None if token is None else checked_token(token))
     desk = Desk(None if store_url is None else os.fspath(store_url), keys, read_only=read_only)
 
     @asynccontextmanager
@@ -156,6 +163,7 @@ ROUTES: list[BaseRoute] = [
     Route("/calls/{call}", pages.get_call, methods=_get, name="call"),
     Route("/live", pages.get_live, methods=_get, name="live"),
     Route("/doubts", pages.get_doubts, methods=_get, name="doubts"),
+    Route(ENTRANCE, enter, methods=_post, name="enter"),
     Route("/health", metrics.get_health, methods=_get, name="health"),
     Route("/metrics", metrics.get_metrics, methods=_get, name="metrics"),
     Route("/api/openapi.json", api.get_openapi, methods=_get, name="api_openapi"),

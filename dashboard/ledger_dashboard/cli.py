@@ -13,9 +13,9 @@ from contextlib import suppress
 
 import uvicorn
 
-from ledger import LedgerError
+from ledger import LedgerError, UsageError
 from ledger_dashboard.app import CHANGING, create_app
-from ledger_dashboard.security import EVERYWHERE, hosts_for, is_loopback
+from ledger_dashboard.security import EVERYWHERE, checked_token, hosts_for, is_loopback
 from ledger_ops.reader import open_ledger
 
 _STOP_SECONDS = 2
@@ -26,8 +26,10 @@ def run(argv: Sequence[str] | None) -> int:
     parser = _parser()
     asked = parser.parse_args(argv)
     token = os.environ.get("LEDGER_DASHBOARD_TOKEN") or None if asked.token is None else asked.token
-    if token is not None and not token.strip():
-        parser.error("--token is empty, so anybody would know it; give a long random one")
+    try:
+        token = None if token is None else checked_token(token)
+    except UsageError as error:
+        parser.error(f"--token: {error}")
     if token is None and not is_loopback(asked.host):
         parser.error(
             f"--host {asked.host} can be reached from other machines, and everybody there could read the "
@@ -118,7 +120,7 @@ def _url(host: str, port: int) -> str:
 def _tell(url: str, asked: argparse.Namespace, token: str | None) -> None:
     lines = [f"The ledger is shown at {url}"]
     if token is not None:
-        lines.append("The first visit needs the token: add ?token=… to that address; a cookie remembers it.")
+        lines.append("The first visit asks for the token; a cookie remembers it.")
     if asked.read_only:
         lines.append("Read-only: nothing here changes the ledger.")
     else:

@@ -46,11 +46,11 @@ _SINCE = "Since this dashboard was first asked."
 
 
 class Counts:
-    """Events by tool and kind since the first look: what is pruned or cleared later was counted all the same."""
+    """Events by tool and kind since the first look: what is pruned or cleared later stays counted."""
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, str], int] = defaultdict(int)
-        self._opened: Opened | None = None
+        self._identity: tuple[int, int] | None = None
         self._seq = 0
         self._lock = threading.Lock()
 
@@ -59,18 +59,17 @@ class Counts:
         with self._lock:
             last = opened.reader.last_seq()
             browse = opened.reader.store.browse
-            restored = browse("SELECT MAX(seq) FROM events WHERE seq > ? AND kind = 'restored'", (self._seq,))
-            if (
-                opened is not self._opened or last < self._seq
-            ):  # another history: its events were counted, or never here
-                self._opened, self._seq = opened, last
-            after = max(self._seq, restored[0][0] or 0)
+            if opened.identity != self._identity or last < self._seq:  # another history, or the first look
+                self._identity, self._seq = opened.identity, last
+            [[restored]] = browse(_RESTORED, (self._seq,))
+            after = max(self._seq, restored or 0)
             for tool, kind, n in browse(_NEW_EVENTS, (after, last)):
-                self._counts[tool, kind] += n
+                self._counts[tool, kind] += int(n)
             self._seq = last
             return dict(self._counts)
 
 
+_RESTORED = "SELECT MAX(seq) FROM events WHERE seq > ? AND kind = 'restored'"
 _NEW_EVENTS = """
 SELECT tool, kind, SUM(n)
   FROM events
@@ -86,7 +85,7 @@ async def get_metrics(request: Request) -> Response:
 
     def gather() -> list[str]:
         source.probe()
-        return list(_lines(source.opened(), counts))
+        return source.read(lambda opened: list(_lines(opened, counts)))
 
     try:
         lines = await run_in_threadpool(gather)

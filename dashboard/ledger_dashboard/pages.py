@@ -146,7 +146,7 @@ async def _answer(request: Request, view: str, opened: Opened, gather: Any, **va
         )  # fmt: skip
         answer = HTMLResponse(html, headers={"Vary": "HX-Request", "X-Ledger-Doubts": str(doubts)})
         if visitor != visitor_of(request):
-            # not strict: who follows a link from another site would get a new one, and other tabs' buttons would fail
+            # following a link from another site would replace a strict one, and fail other tabs' buttons
             set_cookie(request, answer, "visitor", visitor, seconds=None, strict=False)
         return answer
 

@@ -248,8 +248,11 @@ def render(template: str, **values: Any) -> str:
     return _environment.get_template(template).render(values)
 
 
-def refusal(request: Request, status: int, what: str, advice: str) -> Response:
-    """An error in the form that was asked for: what happened, and what to do next."""
+def refusal(request: Request, status: int, what: str, advice: str, *, target: str | None = None) -> Response:
+    """An error in the form that was asked for: what happened, and what to do next.
+
+    With a `target` its page asks for the token, and leads there.
+    """
     path = request.scope["path"].removeprefix(base_of(request))
     wants_html = (
         "text/html" in request.headers.get("accept", "text/html") and "hx-request" not in request.headers
@@ -258,6 +261,6 @@ def refusal(request: Request, status: int, what: str, advice: str) -> Response:
         return Json({"error": what, "advice": advice}, status)
     html = render(
         "error.html", status=status, what=what, advice=advice, base=base_of(request), again=status == 503,
-        ask_token=status == 401,
+        target=target,
     )  # fmt: skip
     return HTMLResponse(html, status)

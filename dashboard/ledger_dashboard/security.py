@@ -12,13 +12,14 @@ import ipaddress
 import secrets
 import socket
 from collections.abc import Iterable, Mapping
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ledger import UsageError
 from ledger_dashboard.render import base_of, refusal
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -28,6 +29,8 @@ ANY_ADDRESS = "*"
 EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
 #: tells our script that a page of now has another CSRF token
 STALE = "X-Ledger-Stale"
+#: where the form of the token goes
+ENTRANCE = "/enter"
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 _POLICY = (
@@ -44,6 +47,7 @@ _HEADERS: Mapping[str, str] = {
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
 }
 _YEAR_SECONDS = 365 * 86_400
+_MOST_FORM_BYTES = 65_536
 
 
 def add_headers(headers: MutableHeaders) -> None:
@@ -51,6 +55,18 @@ def add_headers(headers: MutableHeaders) -> None:
     for name, value in _HEADERS.items():
         headers[name] = value
     headers.setdefault("Cache-Control", "no-store")
+
+
+def checked_token(token: str) -> str:
+    """A token that a header and a form can carry; raises `UsageError`."""
+    token = token.strip()
+    if not token:
+        raise UsageError("the token is empty, so anybody would know it; give a long random one")
+    if not all("!" <= char <= "~" for char in token):
+        raise UsageError(
+            "the token has characters that no header can carry; give letters, digits and marks of ASCII"
+        )
+    return token
 
 
 class Keys:
@@ -125,6 +141,7 @@ class Shield:
             await Response(status_code=404)(scope, receive, send)
             return
         scope["ledger_base"] = scope.get("root_path", "")  # inside of /static it is another
+        scope["ledger_token"] = _take_token(scope)
         request = Request(scope)
         answer = self._refusal(request)
         await (answer or self.app)(scope, receive, send_guarded)
@@ -146,37 +163,25 @@ class Shield:
             request.scope["ledger_bearer"] = bearer is not None and self.keys.knows(bearer)
             if not request.scope["ledger_bearer"] and (answer := self._ask_token(request, scope_path)):
                 return answer
-        if request.method not in SAFE_METHODS:
+        if request.method not in SAFE_METHODS and scope_path != ENTRANCE:
             return self._refuse_change(request)
         return None
 
     def _ask_token(self, request: Request, path: str) -> Response | None:
-        given = request.query_params.get("token")
+        given = request.scope["ledger_token"]
         if given is not None and request.method in SAFE_METHODS and self.keys.knows(given):
-            return self._welcome(request)
+            return welcome(request, self.keys, whereabouts(request))
+        if path == ENTRANCE and request.method == "POST":  # it compares the token itself
+            return None
         if self.keys.admits(request.cookies.get(cookie_name(request, "badge"), "")):
             return None
         if path == "/health":  # says up or down to whoever asks, and why to those who may know
             request.scope["ledger_stranger"] = True
             return None
-        answer = refusal(
-            request, 401, "a token is needed",
-            "Open this address once with ?token=… at its end (it was given at start), or send it as "
-            "Authorization: Bearer.",
-        )  # fmt: skip
-        answer.headers["WWW-Authenticate"] = "Bearer"
+        answer = ask_token(request, whereabouts(request) if path != ENTRANCE else base_of(request) + "/")
         if request.headers.get("sec-fetch-site") == "cross-site":
             # a strict cookie stays at home when another site links here; asked again by ourselves, it comes
             answer.headers["Refresh"] = "0"
-        return answer
-
-    def _welcome(self, request: Request) -> Response:
-        """Put the token into a cookie and out of the address bar."""
-        rest = [(name, value) for name, value in request.query_params.multi_items() if name != "token"]
-        # the path alone: a full URL would be built from a header; and "//evil" would be another host
-        target = "/" + request.url.path.lstrip("/") + (f"?{urlencode(rest)}" if rest else "")
-        answer = RedirectResponse(target, status_code=303)
-        set_cookie(request, answer, "badge", self.keys.badge, seconds=_YEAR_SECONDS, strict=True)
         return answer
 
     def _refuse_change(self, request: Request) -> Response | None:
@@ -195,6 +200,55 @@ class Shield:
             answer.headers[STALE] = "csrf"
             return answer
         return None
+
+
+def _take_token(scope: Scope) -> str | None:
+    """The token of the query, which is taken out of it: a server around us writes the query into its log."""
+    asked = parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
+    given = [value for name, value in asked if name == "token"]
+    if given:
+        scope["query_string"] = urlencode([pair for pair in asked if pair[0] != "token"]).encode()
+    return given[0] if given else None
+
+
+def whereabouts(request: Request) -> str:
+    """Path and query alone: a full URL would be built from a header."""
+    return request.url.path + (f"?{request.url.query}" if request.url.query else "")
+
+
+def ask_token(request: Request, target: str, what: str = "a token is needed") -> Response:
+    """401 with a form that leads to `target`."""
+    answer = refusal(
+        request, 401, what,
+        "Enter the one with which the dashboard was started (--token or LEDGER_DASHBOARD_TOKEN); a program "
+        "sends it as Authorization: Bearer.",
+        target=target,
+    )  # fmt: skip
+    answer.headers["WWW-Authenticate"] = "Bearer"
+    return answer
+
+
+def welcome(request: Request, keys: Keys, target: str) -> Response:
+    """Put the token into a cookie and out of the address bar."""
+    # "//evil" would be another host
+    answer = RedirectResponse("/" + target.lstrip("/\\"), status_code=303)
+    set_cookie(request, answer, "badge", keys.badge, seconds=_YEAR_SECONDS, strict=True)
+    return answer
+
+
+async def enter(request: Request) -> Response:
+    """The form of the token: changes it for a cookie, and leads on to the page that was asked for."""
+    keys: Keys = request.app.state.desk.keys
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > _MOST_FORM_BYTES:
+            return refusal(request, 413, "the form is too large", "Send the token alone.")
+    fields = dict(parse_qsl(content.decode(errors="replace")))
+    target = fields.get("target", base_of(request) + "/")
+    if keys.token is not None and not keys.knows(fields.get("token", "").strip()):
+        return ask_token(request, target, "that is not the token")
+    return welcome(request, keys, target)
 
 
 def set_cookie(

@@ -6,9 +6,11 @@ import os
 import sqlite3
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from ledger import LedgerError, SqliteStore
+from ledger import LedgerError, SqliteStore, StoreError
 from ledger_ops.reader import AnyStore, Reader, open_ledger
 from ledger_ops.rollup import Rollup
 from ledger_ops.values import Stats
@@ -17,9 +19,12 @@ from ledger_ops.values import Stats
 OFTEN, SELDOM = 10, 100
 _INLINE_SECONDS, _SLICE_SECONDS, _PAUSE_SECONDS = 0.02, 0.1, 0.02
 #: a person looks at the page meanwhile
-_LOCK_SECONDS = 5.0
+LOCK_SECONDS = 5.0
 #: what SQLite says of a file whose bytes are no ledger's
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+
+
+Seen = TypeVar("Seen")
 
 
 class Opened:
@@ -65,6 +70,8 @@ class Opened:
                 return False
             if self.rollup.progress == 1.0 and self.rollup.advance(_INLINE_SECONDS):
                 return True
+            if self._stop.is_set():
+                return False
             self._counting = threading.Thread(target=self._count, name="ledger-rollup", daemon=True)
             self._counting.start()
         # a small ledger is counted before its first page is shown
@@ -80,7 +87,8 @@ class Opened:
 
     def close(self) -> None:
         """Give the connections back."""
-        self._stop.set()
+        with self._counting_lock:  # else a thread could be there that has not been started
+            self._stop.set()
         if self._counting is not None:
             self._counting.join(2)
         self.reader.store.close()
@@ -126,6 +134,16 @@ class Source:
         finally:
             store.close()
 
+    def read(self, read: Callable[[Opened], Seen]) -> Seen:
+        """What `read` gives; it is called once more when the ledger was closed or replaced meanwhile."""
+        opened = self.opened()
+        try:
+            return read(opened)
+        except StoreError:
+            if self.opened() is opened:
+                raise
+            return read(self.opened())
+
     def doubt(self, error: Exception) -> None:
         """Close a ledger that was found damaged: its cached pages must not outlive what is put back."""
         if is_damage(error):
@@ -145,7 +163,7 @@ _PROBES = ("SELECT * FROM runs ORDER BY id DESC LIMIT 1", "SELECT * FROM totals"
 def _open(url: str | None) -> AnyStore:
     store = open_ledger(url)
     if isinstance(store, SqliteStore):
-        store.lock_seconds = _LOCK_SECONDS
+        store.lock_seconds = LOCK_SECONDS
     return store
 
 

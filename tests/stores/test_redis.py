@@ -21,7 +21,7 @@ import redis
 import ledger
 from ledger import Claim, Guard, InProgress, Now, Op, Run, StoreError, UsageError
 from ledger_stores.redis import RedisStore
-from tests.stores.kit import SECOND, FakeClock, claim, claim_of, release, renew, reset, resolve, settle
+from ledger_stores.testing import SECOND, FakeClock, claim, claim_of, release, renew, reset, resolve, settle
 from tests.stores.redis_kit import PATIENCE, LossyWay, RedisServer, open_redis, redis_url
 from tests.stores.servers import fresh_namespace
 
