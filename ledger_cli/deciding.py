@@ -7,14 +7,14 @@ from typing import NoReturn
 
 import click
 
-from ledger import InProgress, Record
+from ledger import Record
 from ledger_cli.app import FAILURE, NOTHING_MATCHED
 from ledger_cli.grids import short_call
 from ledger_cli.options import as_json, command, database, database_argument, opened, yes
 from ledger_cli.screen import Screen, confirmed
 from ledger_cli.screen import note as tell
 from ledger_ops import acts
-from ledger_ops.reader import Reader
+from ledger_ops.reader import reader_of
 from ledger_ops.values import Filter, printable, record_dict, state_of
 
 _NOTE = click.option("--note", default="", metavar="TEXT", help="Why; it is kept in the event.")
@@ -48,7 +48,7 @@ def retry_command(*, call: str, db: str | None, note: str, json: bool) -> None:
     a run is alive.
     """
     store = opened(db)
-    record = acts.retry(store, Reader(store).find(call), actor=acts.who(), note=note)
+    record = acts.retry(store, reader_of(store).find(call), actor=acts.who(), note=note)
     _tell(record, f"released: {_named(record)}; the next identical call runs", json=json)
 
 
@@ -96,7 +96,7 @@ def resolve_command(
     if result is not None and not done:
         raise click.UsageError("what was not done has no result; give --result with --done only")
     store = opened(db)
-    found = Reader(store).find(call)
+    found = reader_of(store).find(call)
     record = acts.resolve(store, found, done=done, actor=acts.who(), note=note, result_json=result)
     then = "identical calls are blocked" if done else "the next identical call runs"
     _tell(record, f"resolved: {_named(record)} is {state_of(record)}; {then}", json=json)
@@ -121,16 +121,13 @@ def clear_command(*, db: str | None, wf: str | None, force: bool, note: str, yes
     """
     store = opened(db)
     scope = f"workflow {printable(wf)}" if wf is not None else "all workflows"
-    count = Reader(store).count(Filter(wf=wf))
+    count = reader_of(store).count(Filter(wf=wf))
     if not count:
         tell(f"there are no calls in {scope}; nothing was changed")
         if json:
             Screen().json({"forgotten": 0, "wf": wf})
         return NOTHING_MATCHED if wf is not None else 0
-    alive = acts.alive_in(store, wf)
-    if alive and not force:
-        advice = "wait for them, stop them, or use --force"
-        raise InProgress(f"nothing was changed: still running: {acts.owners_of(alive)}; {advice}")
+    alive = acts.alive_in(store, wf) if force else acts.refuse_alive(store, wf)
     warning = f", although these still run: {acts.owners_of(alive)}" if alive else ""
     what = f"{count:,} calls of {scope} in {store.address} would be forgotten and could run again{warning}"
     if not confirmed(what, "Forget them?", yes=yes):

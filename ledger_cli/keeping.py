@@ -275,14 +275,25 @@ def _described(path: str) -> str:
     codes="1: at least one finding is not well.",
 )
 @database_argument
+@click.option(
+    "--accept-gaps",
+    is_flag=True,
+    help="Note that what a restore left unknown has been looked into, and tell of it no more.",
+)
 @as_json
-def doctor_command(*, db: str | None, json: bool) -> int:
+def doctor_command(*, db: str | None, accept_gaps: bool, json: bool) -> int:
     """Check the ledger, and say what to do.
 
-    The file, its log, disk and permissions, the clock, runs without an outcome, gaps of a restore.
+    The file, its log, disk and permissions, the clock, runs without an outcome, gaps of a restore; of a
+    server, whether it can be read and written, and the runs.
     """
     from ledger_ops.doctor import doctor
 
+    if accept_gaps:
+        from ledger_ops.acts import who
+        from ledger_ops.upkeep import accept_gaps as accept
+
+        note(f"gaps accepted: {accept(opened_file(db), actor=who())}")
     findings = doctor(db)
     screen = Screen()
     if json:

@@ -24,6 +24,7 @@ from ledger_cli.options import (
 )
 from ledger_cli.screen import Screen, note
 from ledger_ops.reader import AnyStore, NoLedger, Reader, open_ledger
+from ledger_ops.reader import reader_of as looking_at
 from ledger_ops.values import Event, Filter, record_dict
 
 NEWEST = 100
@@ -291,7 +292,7 @@ def _follow(reader: Reader, after: int, wanted: Filter) -> Iterator[list[Event]]
         except StoreError as error:
             complain(f"{error}; waiting for a ledger at {path} (Ctrl-C ends)")
             reader.store.close()
-            reader, was_away = Reader(_return_of(path)), True
+            reader, was_away = looking_at(_return_of(path)), True
 
 
 def _event_at(reader: Reader, seq: int) -> Event | None:

@@ -10,6 +10,7 @@ import click
 
 from ledger import SqliteStore, UsageError
 from ledger_ops.reader import AnyStore, Reader, open_ledger, open_store
+from ledger_ops.reader import reader_of as looking_at
 from ledger_ops.values import STATES, Filter, parse_span, parse_time
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -151,7 +152,7 @@ def opened_file(db: str | None) -> SqliteStore:
 
 def reader_of(db: str | None) -> Reader:
     """Something to look at the ledger with."""
-    return Reader(opened(db))
+    return looking_at(opened(db))
 
 
 # -- which calls --

@@ -82,14 +82,22 @@ def clear(
 
     Raises `InProgress`, naming the owners, while runs are alive there, unless `force`.
     """
-    if not force and (alive := alive_in(store, wf)):
-        raise InProgress(
-            f"nothing was cleared: still running: {owners_of(alive)}; wait for them, stop them, or use --force",
-            alive[0],
-        )
+    if not force:
+        refuse_alive(store, wf)
     found = reader_of(store).count(Filter(wf=wf))
     store.reset(wf, store.clock.wall(), force=force, why=_why("clear", actor, note) if actor else "")
     return found
+
+
+def refuse_alive(store: AnyStore, wf: str | None) -> list[Record]:
+    """Raise `InProgress`, naming the owners, while calls of a workflow (None: of all) run; else an empty list."""
+    alive = alive_in(store, wf)
+    if alive:
+        raise InProgress(
+            f"nothing was changed: still running: {owners_of(alive)}; wait for them, stop them, or use --force",
+            alive[0],
+        )
+    return alive
 
 
 def owners_of(alive: Sequence[Record]) -> str:

@@ -11,18 +11,19 @@ from pathlib import Path
 
 import ledger
 from ledger import LedgerError, SqliteStore
-from ledger_ops.reader import Reader, open_store
+from ledger_ops.reader import Reader, open_ledger, reader_of
 from ledger_ops.values import Finding, clock, span
+from ledger_stores.base import ServerStore
 
 _WAL_BYTES = 64 * 1024 * 1024
 _FREE_BYTES = 200 * 1024 * 1024
 _CLOCK_SLACK = 5_000_000
 
 
-def doctor(path: str | None = None) -> list[Finding]:
+def doctor(url: str | None = None) -> list[Finding]:
     """Look at a ledger from all sides; the first finding alone is not ok if it cannot be opened."""
     try:
-        store = open_store(path)
+        store = open_ledger(url)
     except LedgerError as error:
         return [
             Finding(
@@ -30,13 +31,20 @@ def doctor(path: str | None = None) -> list[Finding]:
             )
         ]
     try:
-        return [Finding("open", ok=True, what=store.path), *_findings(store)]
+        looked = _findings(store) if isinstance(store, SqliteStore) else _findings_of_server(store)
+        return [Finding("open", ok=True, what=store.address), *looked]
     except LedgerError as error:
         return [
             Finding("read", ok=False, what=str(error), advice="stop what writes to it, and restore a backup")
         ]
     finally:
         store.close()
+
+
+def _findings_of_server(store: ServerStore) -> Iterator[Finding]:
+    store.check()
+    yield Finding("write", ok=True, what="it can be read and written")
+    yield _stale_runs(reader_of(store))
 
 
 def _findings(store: SqliteStore) -> Iterator[Finding]:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sqlite3
+import time
 from collections.abc import Iterator
+from contextlib import closing
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect, sync_playwright
 
+from ledger_ops import acts
+from ledger_ops.reader import open_store
 from tests.actors import Actor, Stage
 from tests.dashboard_kit import CHARGER, ROOT, Server, keep_running, leave_doubt, serving, tell_story
 
@@ -534,12 +540,148 @@ def test_the_token_form_lets_one_in(browser: Browser, visits: Visits, told: Stag
     with serving(told.db, "--token", "a-long-token-for-a-test") as server:
         visitor = visit(browser, visits, server.url)
         visitor.expected = ("status of 401",)
-        page = visitor.go("/calls", live=False)
+        page = visitor.go("/calls?tool=charge", live=False)
         expect(page.locator("h1")).to_have_text("A token is needed")
+        page.get_by_label("Token").fill("a guess")
+        page.keyboard.press("Enter")
+        expect(page.locator("h1")).to_have_text("That is not the token")
+        assert f"{server.url}/enter" == page.url
         page.get_by_label("Token").fill("a-long-token-for-a-test")
         page.keyboard.press("Enter")
-        expect(page.locator("#rows tr")).to_have_count(29)
+        expect(page.locator("#rows tr")).to_have_count(12)
         expect(page.locator("#link-words")).to_have_text("live", timeout=PATIENCE_MS)
 
-        assert f"{server.url}/calls" == page.url
+        assert f"{server.url}/calls?tool=charge" == page.url
         page.close()
+
+
+def test_a_decision_survives_a_new_visitor_cookie(browser: Browser, visits: Visits, stage: Stage) -> None:
+    """A tab whose CSRF token has become old fetches a new one by itself; the focus goes to the next doubt."""
+    for route in ("A-B", "C-D"):
+        leave_doubt(stage, route)
+    with serving(stage.db) as server:
+        visitor = visit(browser, visits, server.url)
+        visitor.expected = ("status of 403",)
+        page = visitor.go("/doubts")
+        visits[0][0].clear_cookies()
+        page.get_by_role("button", name="Mark done").first.click()
+        page.get_by_role("dialog").get_by_role("button", name="Mark done").click()
+        expect(page.locator(".doubts > li")).to_have_count(1, timeout=PATIENCE_MS)
+        expect(page.locator(".doubts button").first).to_be_focused()
+
+
+def test_a_call_that_was_cleared_is_said_to_be_gone(browser: Browser, visits: Visits, stage: Stage) -> None:
+    """Its page says so, offers nothing more, and asks no more."""
+    teller = charger(stage)
+    charge(teller, "A-1")
+    with serving(stage.db) as server:
+        visitor = visit(browser, visits, server.url)
+        visitor.expected = ("status of 404",)
+        page = visitor.go("/calls")
+        page.locator("#rows a").first.click()
+        expect(page.get_by_role("button", name="Retry")).to_be_visible()
+        expect(page.locator("#link-words")).to_have_text("live", timeout=PATIENCE_MS)
+        acts.clear(open_store(stage.db), actor="test")
+        expect(page.locator("h1")).to_have_text("This call is no longer in the ledger", timeout=PATIENCE_MS)
+        expect(page.get_by_role("button", name="Retry")).to_have_count(0)
+        teller.tell("")
+        teller.ends_well()
+
+
+#: what a page sees when its tab is hidden, or shown again
+AWAY = (
+    "Object.defineProperty(document, 'hidden', {{ configurable: true, get: () => {} }});"
+    "document.dispatchEvent(new Event('visibilitychange'))"
+)
+#: many events at once, as a burst of duplicates would write them; `seq` goes on by itself
+BURST = (
+    "WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < 900)"
+    " INSERT INTO events (kind, at, tool, wf, caller, n)"
+    " SELECT 'blocked', ? + n, 'burst', 'w', 'c', 1 FROM numbers"
+)
+
+
+def test_live_says_what_it_left_out_and_tells_the_servers_time(
+    browser: Browser, visits: Visits, stage: Stage
+) -> None:
+    """After an absence the newest events stand above a row that tells of the rest, all in the server's zone."""
+    teller = charger(stage)
+    charge(teller, "before")
+    with serving(stage.db) as server:
+        context = browser.new_context(timezone_id="Pacific/Kiritimati")
+        visitor = Visit(context, server.url)
+        visits.append((context, visitor))
+        visitor.expected = ("ERR_",)
+        page = visitor.go("/live")
+        rows = page.locator("#events > li")
+        expect(rows).to_have_count(2)
+        page.evaluate(AWAY.format("true"))
+        with closing(sqlite3.connect(stage.db)) as db, db:
+            db.execute(BURST, (time.time_ns() // 1000,))
+        page.evaluate(AWAY.format("false"))
+        expect(rows).to_have_count(103, timeout=PATIENCE_MS)
+        expect(rows.nth(100)).to_contain_text("not shown here; see Calls")
+        told = [rows.nth(n).locator("time").text_content() for n in (0, 102)]
+        teller.tell("")
+        teller.ends_well()
+
+    hours = {f"{datetime.fromtimestamp(time.time() - ago).astimezone():%H}" for ago in (0, 60)}
+    assert {str(text)[:2] for text in told} <= hours
+
+
+def test_single_keys_can_be_switched_off(browser: Browser, visits: Visits, server: Server) -> None:
+    """With the switch in the footer off, a stray key goes nowhere, also on the next page."""
+    page = visit(browser, visits, server.url).go("/")
+    page.locator("#keys-on").uncheck()
+    page.reload()
+    expect(page.locator("#keys-on")).not_to_be_checked()
+    page.locator("h2").first.click()
+    page.keyboard.press("g")
+    page.keyboard.press("d")
+    page.keyboard.press("/")
+    expect(page).to_have_url(f"{server.url}/")
+    page.locator("#keys-on").check()
+    page.locator("h2").first.click()
+    page.keyboard.press("/")
+    expect(page.locator("#search")).to_be_focused()
+
+
+DEEP = """
+def keep(value): return value
+deep = {"end": "x" * 60}
+for _ in range(20):
+    deep = {"name": deep}
+guard(keep, deep)
+for n in range(170):
+    guard(keep, n)
+guard.close()
+"""
+
+
+def test_a_long_list_does_not_move_under_a_reader_and_deep_values_fit_a_phone(
+    browser: Browser, visits: Visits, stage: Stage
+) -> None:
+    """New calls wait behind a button where the list is full; twenty levels of JSON do not widen the page."""
+    stage.start(DEEP).ends_well()
+    teller = charger(stage)
+    with serving(stage.db) as server:
+        page = visit(browser, visits, server.url, SIZES[2]).go("/calls?rows=150")
+        expect(page.locator("#rows tr")).to_have_count(150)
+        first = page.locator("#rows tr").first.get_attribute("id")
+        page.evaluate("scrollTo(0, 2000)")
+        charge(teller, "A-1")
+        page.locator("#news-button").get_by_text("1 new call").wait_for(timeout=PATIENCE_MS)
+        assert first == page.locator("#rows tr").first.get_attribute("id")
+        page.locator("#news-button").click()
+        expect(page.locator("#rows tr")).to_have_count(50)
+        expect(page.locator("#rows tr").first).to_contain_text("A-1")
+        page.goto(f"{server.url}/calls?search=xxxxxxxx")
+        page.locator("#rows a").first.click()
+        expect(page.locator("h1")).to_contain_text("keep")
+        page.evaluate("document.querySelectorAll('details').forEach((d) => (d.open = true))")
+
+        assert 0 >= page.evaluate(
+            "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        )
+        teller.tell("")
+        teller.ends_well()

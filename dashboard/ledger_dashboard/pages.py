@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 from urllib.parse import urlencode
@@ -156,11 +157,15 @@ async def _answer(request: Request, view: str, opened: Opened, gather: Any, **va
 def _frame(request: Request, visitor: str) -> dict[str, Any]:
     """What every page has."""
     desk = request.app.state.desk
+    here = datetime.now().astimezone()
     return {
         "link": partial(link, request),
         "csrf": "" if desk.read_only else desk.keys.csrf(visitor),
         "read_only": desk.read_only,
         "store_name": desk.source.name,
+        # the script writes times as the pages do: in the server's zone
+        "offset": int((here.utcoffset() or timedelta()).total_seconds()) // 60,
+        "zone": here.tzname(),
     }
 
 

@@ -292,6 +292,8 @@ def _is_own(request: Request) -> bool:
     """Whether our own page, a person or a program asks; browsers tell where a request comes from."""
     site = request.headers.get("sec-fetch-site", "none")
     origin = request.headers.get("origin")
+    if origin == "null" and request.scope["path"].removeprefix(base_of(request)) == ENTRANCE:
+        origin = None  # so a browser calls any form of a page that gives no referrer
     if origin is not None and _host_of(origin) != request.headers.get("host", "").lower():
         return False
     if request.method not in SAFE_METHODS:

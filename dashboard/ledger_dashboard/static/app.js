@@ -9,7 +9,7 @@ const plural = (n, word) => `${count.format(n)} ${word}${n === 1 ? "" : "s"}`;
 
 // -- the server --
 
-async function api(path, body) {
+async function api(path, body, { again = true } = {}) {
   const options = { headers: { Accept: "application/json" } };
   if (body !== undefined) {
     options.method = "POST";
@@ -18,14 +18,43 @@ async function api(path, body) {
     options.headers["X-CSRF-Token"] = document.querySelector('meta[name="csrf-token"]').content;
   }
   const answer = await fetch(path, options);
+  if (again && answer.headers.get("X-Ledger-Stale")) {
+    await renewToken();
+    return api(path, body, { again: false });
+  }
   const found = await answer.json().catch(() => ({}));
   if (!answer.ok) throw new Error(sentence(found.error || `the server answered ${answer.status}`, found.advice));
   return found;
 }
 
+// The dashboard was started anew, or another tab became another visitor: a page of now has the right token.
+async function renewToken() {
+  const answer = await fetch(location.href, { headers: { Accept: "text/html" } });
+  const found = new DOMParser().parseFromString(await answer.text(), "text/html");
+  const token = found.querySelector('meta[name="csrf-token"]');
+  if (token) document.querySelector('meta[name="csrf-token"]').content = token.content;
+}
+
+// What begins with the name of a tool keeps its letters.
 function sentence(what, advice) {
-  const text = what[0].toUpperCase() + what.slice(1);
+  const text = what.replace(/^(a|an|no|nothing|since|the|there|this|what) /, (word) => word[0].toUpperCase() + word.slice(1));
   return advice ? `${text}. ${advice}` : `${text}.`;
+}
+
+// -- times: the server's, as in what it has rendered --
+
+function serverTime(milliseconds, options) {
+  const shifted = new Date(milliseconds + Number(page.offset) * 60_000);
+  return shifted.toLocaleString("en-US", { ...options, hourCycle: "h23", timeZone: "UTC" });
+}
+
+const DAY = { month: "short", day: "numeric" };
+const MINUTES = { hour: "2-digit", minute: "2-digit" };
+const SECONDS = { ...MINUTES, second: "2-digit" };
+
+function moment(milliseconds) {
+  const isToday = serverTime(milliseconds, { dateStyle: "short" }) === serverTime(Date.now(), { dateStyle: "short" });
+  return serverTime(milliseconds, isToday ? SECONDS : { ...DAY, ...SECONDS });
 }
 
 // -- following the ledger --
@@ -33,6 +62,12 @@ function sentence(what, advice) {
 function linkState(state, words) {
   byId("link-state").dataset.state = state;
   if (byId("link-words").textContent !== words) byId("link-words").textContent = words;
+}
+
+// Ask for what this page asked for.
+function narrow(url, names) {
+  const asked = new URLSearchParams(location.search);
+  for (const name of names) if (asked.get(name)) url.searchParams.set(name, asked.get(name));
 }
 
 // Server-sent events from where this page stands. A hidden tab hangs up: browsers allow six connections
@@ -46,8 +81,7 @@ function follow(onEvents) {
   function open() {
     close();
     const url = new URL(page.stream, location.href);
-    const asked = new URLSearchParams(location.search);
-    for (const name of ["tool", "wf", "caller"]) if (asked.get(name)) url.searchParams.set(name, asked.get(name));
+    narrow(url, ["tool", "wf", "caller"]);
     url.searchParams.set("after", seq);
     source = new EventSource(url);
     source.addEventListener("hello", () => {
@@ -117,6 +151,7 @@ function gently(work) {
 // Patch the page from the server's own HTML: what did not change stays, and with it scroll and selection.
 async function refresh(more = {}) {
   const region = byId("live-region");
+  if (region.dataset.gone) return;
   const before = new Set([...region.querySelectorAll("[id]")].map((element) => element.id));
   const url = new URL(location.href);
   for (const [name, value] of Object.entries(more)) url.searchParams.set(name, value);
@@ -126,12 +161,37 @@ async function refresh(more = {}) {
   }
 }
 
+// A refresh that was refused: what is shown is no longer what the ledger says.
+function refused(event) {
+  const { response, sourceElement } = event.detail.ctx;
+  if (sourceElement !== document.body) return;
+  if (page.view !== "call" || response.status !== 404) return linkState("lost", `error ${response.status}`);
+  const region = byId("live-region");
+  const words = document.createElement("h1");
+  words.textContent = "This call is no longer in the ledger";
+  const card = document.createElement("section");
+  card.className = "empty";
+  card.append(words);
+  region.replaceChildren(card);
+  region.dataset.gone = "1";
+}
+
 // Doubts come up without an event, when a lease is over: look now and then.
 function keepFresh(ask) {
   setInterval(ask, 10_000);
 }
 
 // -- views --
+
+const MOST_ROWS = 150;
+const MOST_HELD = 1000;
+
+// Whether somebody would lose their place if a list moved.
+function isReading(list) {
+  const selection = getSelection();
+  const selected = !selection.isCollapsed && list.contains(selection.anchorNode);
+  return scrollY > 0 || selected || list.contains(document.activeElement);
+}
 
 const views = {
   overview() {
@@ -150,11 +210,27 @@ const views = {
   calls() {
     let more = 0;
     const ask = gently(async () => {
-      // rows that are being read stay: the list grows by what came, up to a limit
       const rows = document.querySelectorAll("#rows > tr").length;
-      const wanted = Math.min(Math.max(rows + more, 50), 150);
+      if (byId("live-region").querySelector("[data-further]")) return refresh({ rows: Math.max(rows, 1) });
+      // rows that are being read stay: the list grows by what came, up to a limit
+      if (rows + more > MOST_ROWS && isReading(byId("rows"))) return offer();
+      await newest(Math.max(rows + more, 50));
+    });
+
+    function offer() {
+      byId("news-button").textContent = more ? `${plural(more, "new call")}` : "Newest calls";
+      byId("news").hidden = false;
+    }
+
+    async function newest(rows) {
       more = 0;
-      await refresh({ rows: wanted });
+      byId("news").hidden = true;
+      await refresh({ rows: Math.min(rows, MOST_ROWS) });
+    }
+
+    byId("news-button").addEventListener("click", async () => {
+      await newest(50);
+      scrollTo(0, 0);
     });
     follow((events) => {
       more += events.filter((event) => event.kind === "claimed").length;
@@ -185,24 +261,33 @@ const views = {
   live() {
     const held = [];
     let paused = false;
+    let missing = false;
     const button = byId("pause");
 
     function told() {
-      byId("held").textContent = paused ? `paused, ${plural(held.length, "event")} waiting` : "";
+      const waiting = missing ? "many events" : plural(held.length, "event");
+      byId("held").textContent = paused ? `paused, ${waiting} waiting` : "";
     }
 
     button.addEventListener("click", () => {
       paused = !paused;
       button.setAttribute("aria-pressed", String(paused));
       button.textContent = paused ? "Go on" : "Pause";
-      if (!paused) showEvents(held.splice(0));
+      if (!paused) goOn();
       told();
     });
+
+    function goOn() {
+      showEvents(held.splice(0));
+      if (missing) catchUp().catch(() => {}); // the badge tells of a lost server
+      missing = false;
+    }
+
     follow((events, missed) => {
-      if (missed) byId("announce").textContent = "Some events came too fast to be shown here.";
-      if (!paused) return showEvents(events);
       held.push(...events);
-      held.splice(0, Math.max(held.length - 1000, 0));
+      missing ||= missed || held.length > MOST_HELD;
+      if (missing) held.length = 0;
+      if (!paused) return goOn();
       told();
     });
   },
@@ -215,21 +300,36 @@ const TONES = {
   doubt: "in_doubt", blocked: "blocked", late: "in_doubt", resolved: "success", released: "running",
 };
 
+const MOST_EVENTS = 300;
+
 function showEvents(events) {
   const list = byId("events");
-  const made = events.slice(-300).map(eventRow).reverse();
-  list.prepend(...made);
-  while (list.children.length > 300) list.lastElementChild.remove();
-  if (made.length) byId("live-empty").hidden = true;
+  const fresh = events.filter((event) => event.seq > Number(list.dataset.newest));
+  if (!fresh.length) return;
+  list.dataset.newest = fresh[fresh.length - 1].seq;
+  list.prepend(...fresh.slice(-MOST_EVENTS).map(eventRow).reverse());
+  while (list.children.length > MOST_EVENTS) list.lastElementChild.remove();
+  byId("live-empty").hidden = true;
+}
+
+// After more events than could be told: the newest of them, above a row that says what is missing.
+async function catchUp() {
+  const url = new URL(page.events, location.href);
+  narrow(url, ["tool", "wf", "caller"]);
+  url.searchParams.set("limit", 100);
+  const { events } = await api(url);
+  byId("events").prepend(byId("gap-template").content.firstElementChild.cloneNode(true));
+  byId("live-empty").hidden = true;
+  showEvents(events);
 }
 
 function eventRow(event) {
   const row = byId("event-template").content.firstElementChild.cloneNode(true);
   const [time, badge, link, times] = ["time", ".badge", "a", "b"].map((part) => row.querySelector(part));
-  const at = new Date(event.at);
+  const at = Date.parse(event.at);
   time.dateTime = event.at;
-  time.title = at.toLocaleString();
-  time.textContent = at.toLocaleTimeString("en-GB");
+  time.title = `${serverTime(at, { dateStyle: "medium", timeStyle: "medium" })} ${page.zone}`;
+  time.textContent = moment(at);
   badge.textContent = event.kind;
   badge.classList.add(TONES[event.kind] || "plain");
   if (event.call) {
@@ -289,8 +389,7 @@ function activity() {
   }
 
   function day(seconds) {
-    const options = { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit", hour12: false };
-    return new Date(seconds * 1000).toLocaleString("en-US", options);
+    return serverTime(seconds * 1000, { ...DAY, ...MINUTES });
   }
 
   function total() {
@@ -332,6 +431,11 @@ function activity() {
     const axis = { stroke: color("--muted"), font: "12px system-ui, sans-serif", grid: { stroke: color("--chart-grid"), width: 1 }, ticks: { show: false } };
     plot = new uPlot(
       {
+        // it sets its ticks by the browser's clock
+        tzDate: (seconds) => {
+          const date = new Date(seconds * 1000);
+          return new Date(date.getTime() + (Number(page.offset) + date.getTimezoneOffset()) * 60_000);
+        },
         width: box.clientWidth, height: box.clientHeight, legend: { show: false },
         padding: [8, 24, 0, 0],
         cursor: { y: false, points: { show: false }, drag: { x: true, y: false, setScale: false } },
@@ -353,8 +457,7 @@ function activity() {
   }
 
   function ticks(_, at, __, ___, step) {
-    const options = step >= 86_400 ? { month: "short", day: "numeric" } : { hour: "2-digit", minute: "2-digit", hour12: false };
-    return at.map((seconds) => new Date(seconds * 1000).toLocaleString("en-US", options));
+    return at.map((seconds) => serverTime(seconds * 1000, step >= 86_400 ? DAY : MINUTES));
   }
 
   function short(n) {
@@ -453,18 +556,37 @@ function decisions() {
   byId("act-form").addEventListener("submit", async (event) => {
     event.preventDefault();
     byId("act-confirm").disabled = true;
+    byId("act-error").hidden = true;
+    byId("act-working").hidden = false;
     try {
+      const place = placeOf(asked.call);
       await api(asked.url, decision(asked.act));
       dialog.close();
       byId("announce").textContent = `${ACTS[asked.act].confirm}: ${asked.name} ${asked.call.slice(0, 12)}`;
       await refresh();
+      keepFocus(place);
     } catch (error) {
       byId("act-error").textContent = error.message;
       byId("act-error").hidden = false;
     } finally {
+      byId("act-working").hidden = true;
       byId("act-confirm").disabled = false;
     }
   });
+}
+
+function placeOf(call) {
+  return [...document.querySelectorAll(".doubts > li")].findIndex((row) => row.id === `d-${call}`);
+}
+
+// The button that was pressed is gone: go on with the doubt that took its place, or at the top.
+function keepFocus(place) {
+  if (document.activeElement !== document.body && document.activeElement.isConnected) return;
+  const rows = document.querySelectorAll(".doubts > li");
+  const next = rows.length && rows[Math.min(Math.max(place, 0), rows.length - 1)].querySelector("button");
+  const target = next || document.querySelector("h1");
+  if (!next) target.tabIndex = -1;
+  target.focus();
 }
 
 function decision(act) {
@@ -480,7 +602,11 @@ function decision(act) {
 function keys() {
   const places = { o: 0, c: 1, l: 2, d: 3 };
   let afterG = 0;
+  const on = byId("keys-on");
+  on.checked = localStorage.getItem("ledger-keys") !== "off";
+  on.addEventListener("change", () => localStorage.setItem("ledger-keys", on.checked ? "on" : "off"));
   document.addEventListener("keydown", (event) => {
+    if (!on.checked) return;
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, textarea, select, dialog")) return;
     const links = document.querySelectorAll(".top nav a");
     if (event.key === "/") {
@@ -505,6 +631,7 @@ document.addEventListener("htmx:after:request", (event) => {
   badge.childNodes[1].nodeValue = count.format(doubts);
   badge.hidden = doubts === "0";
 });
+document.addEventListener("htmx:response:error", refused);
 decisions();
 keys();
 (views[page.view] || (() => {}))();
