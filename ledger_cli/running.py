@@ -6,7 +6,6 @@ import shlex
 import sys
 from contextlib import closing
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import click
@@ -17,7 +16,7 @@ from ledger_cli.app import complain
 from ledger_cli.child import EndUnknown, Failed, NotStarted, Output, Relay, Stopped, wrote
 from ledger_cli.grids import short_call
 from ledger_cli.options import SECONDS, command, database
-from ledger_ops.reader import open_store, path_of
+from ledger_ops.reader import open_ledger, url_of
 from ledger_ops.values import clock, printable
 
 #: the name under which lists show these calls; their arguments are the command line
@@ -99,13 +98,13 @@ def run_command(
     If this process is killed, so is the command, but not what that has started. Nobody knows then how far
     it came: it is in doubt, and blocked until `ledger resolve` says, unless --on-doubt rerun.
     """
-    path = path_of(db)
-    guard = Guard(path, workflow=wf, quiet=True)
+    url = url_of(db)
+    guard = Guard(url, workflow=wf, quiet=True)
     relay = Relay()
     output = Output(relay)
 
     def shell(command: list[str]) -> dict[str, Any]:
-        _refuse_other_command(path)
+        _refuse_other_command(url)
         return output.execute(command, retry_failed=retry_failed)
 
     options: dict[str, Any] = {
@@ -138,7 +137,7 @@ def _seconds(micros: int | None) -> timedelta | None:
     return None if micros is None else timedelta(microseconds=micros)
 
 
-def _refuse_other_command(path: Path) -> None:
+def _refuse_other_command(url: str) -> None:
     """A command that failed keeps its key; raises `KeyConflict`, which frees the key again for it.
 
     The guard compares with what ran, runs or is in doubt: for it a failure frees the key altogether.
@@ -146,7 +145,7 @@ def _refuse_other_command(path: Path) -> None:
     mine = ledger.current()
     if mine is None or mine.run == 1:
         return
-    with closing(open_store(path)) as store:
+    with closing(open_ledger(url)) as store:
         *before, own = [run for run in store.rows(mine.call) if run.run <= mine.run]
         last = next((run for run in reversed(before) if not _ran_nothing(run)), None)
         if last is not None and _failed(last) and last.matched != own.matched:

@@ -51,13 +51,20 @@ class NoSuchCall(UsageError):
     """No call has that fingerprint, or several begin with it."""
 
 
+def url_of(url: str | os.PathLike[str] | None = None) -> str:
+    """What a guard takes: the path of a file, or a server's URL (None: LEDGER_DB, else ./ledger.db)."""
+    text = os.fspath(url) if url is not None else os.environ.get("LEDGER_DB") or "ledger.db"
+    is_server = "://" in text and text.partition("://")[0] not in ("sqlite", "memory")
+    return text if is_server else str(path_of(text))
+
+
 def open_ledger(url: str | os.PathLike[str] | None = None) -> AnyStore:
     """The ledger of a path or any URL (None: LEDGER_DB, else ./ledger.db), which must exist.
 
     Raises as `open_store` does.
     """
-    text = os.fspath(url) if url is not None else os.environ.get("LEDGER_DB") or "ledger.db"
-    if "://" not in text or text.partition("://")[0] in ("sqlite", "memory"):
+    text = url_of(url)
+    if "://" not in text:
         return open_store(text)
     store = stores.open_store(text)
     assert isinstance(store, ServerStore)  # noqa: S101 - all that have a URL are

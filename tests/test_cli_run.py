@@ -19,6 +19,7 @@ import pytest
 from ledger_cli.child import EndUnknown, Output, Relay
 from tests.actors import PATIENCE, eventually
 from tests.cli_kit import COMMAND, Background, Done, Terminal, environment, run, run_closed
+from tests.stores.servers import postgres_url
 
 #: a command that says what it is sent; the second of two would come within the half second that it waits
 LISTENER = """
@@ -589,3 +590,24 @@ def test_a_duplicate_without_a_reader_keeps_the_exit_code(db: Path) -> None:
     os.close(writing)
 
     assert (6, b"") == (done.returncode, done.stderr)
+
+
+def test_a_command_runs_once_on_a_server(tmp_path: Path) -> None:
+    """The key is kept on a PostgreSQL as in a file: the second time its output and code are replayed."""
+    words = (
+        "run",
+        "--key",
+        f"k-{tmp_path.name}",
+        "--db",
+        postgres_url(),
+        "--",
+        "sh",
+        "-c",
+        "echo hi; exit 3",
+    )
+
+    first, second = run(*words), run(*words)
+
+    assert (3, "hi\n") == (first.code, first.out) == (second.code, second.out)
+    shown = json.loads(run("show", "--db", postgres_url(), "--search", f"k-{tmp_path.name}", "--json").out)
+    assert [(1, 2)] == [(call["executed"], call["attempts"]) for call in shown]

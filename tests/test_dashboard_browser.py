@@ -28,6 +28,7 @@ OPTIONS = (
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 SIZES = ((1440, 900), (768, 1024), (390, 844))
 PATIENCE_MS = 20_000
+TOO_WIDE = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 #: what would set `pwned` if any of it ran
 PAYLOAD = "\"'><script>pwned=1</script><img src=x onerror=pwned=1><svg onload=pwned=1>{{7*7}}\u202eevil"
@@ -208,9 +209,7 @@ def test_every_page_fits_every_screen(
             expect(page.locator("#chart canvas")).to_be_visible()
         page.screenshot(path=SCREENSHOTS / f"{name}-{size[0]}-{scheme}.png", full_page=name != "calls")
 
-        assert 0 >= page.evaluate(
-            "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-        ), name
+        assert 0 >= page.evaluate(TOO_WIDE), name
         shade = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]")
         assert shade < 60 if scheme == "dark" else shade > 200
 
@@ -604,7 +603,7 @@ BURST = (
 def test_live_says_what_it_left_out_and_tells_the_servers_time(
     browser: Browser, visits: Visits, stage: Stage
 ) -> None:
-    """After an absence the newest events stand above a row that tells of the rest, all in the server's zone."""
+    """After an absence the newest events stand above a row that tells of the rest, in the server's zone."""
     teller = charger(stage)
     charge(teller, "before")
     with serving(stage.db) as server:
@@ -680,8 +679,6 @@ def test_a_long_list_does_not_move_under_a_reader_and_deep_values_fit_a_phone(
         expect(page.locator("h1")).to_contain_text("keep")
         page.evaluate("document.querySelectorAll('details').forEach((d) => (d.open = true))")
 
-        assert 0 >= page.evaluate(
-            "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-        )
+        assert 0 >= page.evaluate(TOO_WIDE)
         teller.tell("")
         teller.ends_well()

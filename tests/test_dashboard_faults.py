@@ -213,6 +213,22 @@ def test_a_search_for_events_ends_in_time_and_says_how_far_it_got(
     assert ([], False, 20_000) == (on["events"], on["complete"], on["upto"])
 
 
+def test_a_page_of_big_calls_is_short(stage: Stage) -> None:
+    """Calls of megabytes end a page early, and its cursor goes on with the next one."""
+    stage.start(
+        "def keep(n, text): return n\nfor n in range(25): guard(keep, n, 'x' * 1_000_000)\nguard.close()\n"
+    ).ends_well()
+    with visiting(stage.db) as client:
+        first = client.get("/api/calls?limit=500")
+        second = client.get("/api/calls", params={"cursor": first.json()["cursor"], "limit": 500})
+        third = client.get("/api/calls", params={"cursor": second.json()["cursor"]}).json()
+    pages = [first.json()["calls"], second.json()["calls"], third["calls"]]
+
+    assert [10, 10, 5] == [len(calls) for calls in pages]
+    assert 25 == len({call["call"] for calls in pages for call in calls})
+    assert third["cursor"] is None
+
+
 # -- machines --
 
 

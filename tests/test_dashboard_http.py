@@ -461,7 +461,10 @@ def test_a_link_from_another_site_opens_a_page(client: httpx.Client) -> None:
     """Following a link is not reading."""
     headers = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
 
-    assert 200 == client.get("/calls", headers=headers).status_code
+    answer = client.get("/calls", headers=headers)
+
+    assert 200 == answer.status_code
+    assert "samesite=lax" in answer.headers["set-cookie"].lower()
 
 
 def test_a_change_needs_the_csrf_token_of_its_visitor(client: httpx.Client, server: Server) -> None:

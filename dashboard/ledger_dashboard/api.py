@@ -6,7 +6,9 @@ import asyncio
 import functools
 import itertools
 import json
+import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +17,22 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 
-from ledger import StoreError, UsageError
+from ledger import Record, StoreError, UsageError
 from ledger_dashboard.figures import overview
 from ledger_dashboard.live import event_dict
 from ledger_dashboard.query import count_of, filter_of, place_after, place_of, range_of, text_of
 from ledger_dashboard.render import Json
 from ledger_dashboard.source import Opened
 from ledger_ops import acts
+from ledger_ops.reader import Reader
 from ledger_ops.transfer import export
-from ledger_ops.values import iso, record_dict
+from ledger_ops.values import Filter, Page, iso, record_dict
 
 #: a search goes back for so long, then says how far it got
 SEARCH_SECONDS = 0.06
 _PAGE, _MOST_PAGE = 50, 500
+#: how many calls are read at a time, and after how many bytes a page ends
+_FEW, _MOST_PAGE_BYTES = 10, 8_000_000
 _EVENTS, _MOST_EVENTS = 200, 1_000
 _MOST_BODY_BYTES, _BODY_SECONDS = 262_144, 10
 _LINES_PER_CHUNK = 200
@@ -59,6 +64,21 @@ def steady(route: Route) -> Route:
     return answer
 
 
+def page_of(reader: Reader, wanted: Filter, limit: int, cursor: str | None) -> Page:
+    """A page of calls, shorter where they are big: it is read a few at a time, up to some megabytes."""
+    deadline = time.monotonic() + SEARCH_SECONDS
+    records: list[Record] = []
+    size = 0
+    while True:
+        few = min(limit - len(records), _FEW)
+        found = reader.calls(wanted, limit=few, cursor=cursor, seconds=max(deadline - time.monotonic(), 0))
+        records += found.records
+        size += sum(len(text or "") for r in found.records for text in (r.args_json, r.result_json, r.error))
+        cursor = found.cursor
+        if cursor is None or not found.complete or len(records) >= limit or size > _MOST_PAGE_BYTES:
+            return replace(found, records=records)
+
+
 @steady
 async def get_overview(request: Request) -> Response:
     """Sums, figures by tool and workflow, and the chart of a range."""
@@ -74,7 +94,7 @@ async def get_calls(request: Request) -> Response:
     wanted, cursor = filter_of(request), text_of(request, "cursor")
     limit = max(count_of(request, "limit", _PAGE, _MOST_PAGE), 1)
     reader = (await opened_for(request)).reader
-    found = await run_in_threadpool(reader.calls, wanted, limit=limit, cursor=cursor, seconds=SEARCH_SECONDS)
+    found = await run_in_threadpool(page_of, reader, wanted, limit, cursor)
     return Json(
         {
             "calls": [record_dict(record) for record in found.records],

@@ -14,7 +14,7 @@ from starlette.responses import HTMLResponse, Response
 
 import ledger
 from ledger import Record
-from ledger_dashboard.api import SEARCH_SECONDS, opened_for, steady
+from ledger_dashboard.api import SEARCH_SECONDS, opened_for, page_of, steady
 from ledger_dashboard.figures import overview, share
 from ledger_dashboard.query import FIELDS, count_of, filter_of, place_after, place_of, range_of, text_of
 from ledger_dashboard.render import link, render, short_names
@@ -53,7 +53,7 @@ async def get_calls(request: Request) -> Response:
     opened = await opened_for(request)
 
     def gather() -> dict[str, Any]:
-        found = opened.reader.calls(wanted, limit=rows, cursor=cursor, seconds=SEARCH_SECONDS)
+        found = page_of(opened.reader, wanted, rows, cursor)
         return {
             "found": found,
             "reached": clock(found.reached) if found.reached is not None else None,
