@@ -64,6 +64,7 @@ class PostgresStore(ServerStore):
         self._pool: psycopg_pool.ConnectionPool[psycopg.Connection[Any]] | None = None
         self._offset = 0.0
         self._offset_at = 0.0
+        self._prepares = True
         self._listening: psycopg.Connection[Any] | None = None
 
     # -- connections --
@@ -90,7 +91,7 @@ class PostgresStore(ServerStore):
         settings = {
             "autocommit": True,
             "connect_timeout": 5,
-            "prepare_threshold": None,
+            "prepare_threshold": 5 if self._prepares else None,
             "row_factory": tuple_row,
             "keepalives_idle": 10,  # a server that is gone without a word is noticed
             "keepalives_interval": 5,
@@ -106,6 +107,13 @@ class PostgresStore(ServerStore):
             timeout=self.lock_seconds,
             name="ledger",
         )
+
+    def _prepare_no_more(self) -> None:
+        """Behind a transaction pooler a prepared statement is another session's: send whole ones from now on."""
+        with self._opening:
+            pool, self._pool, self._prepares = self._pool, None, False
+        if pool is not None:
+            pool.close()
 
     def _prepare(self, db: psycopg.Connection[Any]) -> None:
         """Make the schema if it is not there, under a lock, whole or not at all; refuse a newer one."""
@@ -166,6 +174,8 @@ class PostgresStore(ServerStore):
                 if not broken or time.monotonic() > limit:
                     raise self._translated(error) from error
                 time.sleep(0.05)
+            except (psycopg.errors.InvalidSqlStatementName, psycopg.errors.DuplicatePreparedStatement):
+                self._prepare_no_more()
             except psycopg.Error as error:
                 raise self._translated(error) from error
             except UnicodeEncodeError as error:

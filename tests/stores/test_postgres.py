@@ -191,6 +191,22 @@ def quiet_settle(namespace: str) -> None:
         db.execute(f"UPDATE {namespace}.runs SET status = 'success', closed_by = owner, ended = 1")
 
 
+def test_prepared_statements_that_are_gone_are_no_error(guard: Guard, namespace: str) -> None:
+    """Behind a transaction pooler another session answers, which has not prepared what ours has."""
+    for order in range(10):
+        guard(charge, order)
+    store = guard._ready()
+    assert isinstance(store, PostgresStore)
+    with psycopg.connect(postgres_url(), autocommit=True) as db:
+        db.execute(
+            f"CREATE FUNCTION {namespace}.forget() RETURNS int LANGUAGE plpgsql AS"
+            " $$ BEGIN EXECUTE 'DEALLOCATE ALL'; RETURN 1; END $$"
+        )
+    store.browse(f"SELECT {namespace}.forget()")  # hidden in a function, so that psycopg does not take note
+
+    assert ["replayed", "executed"] == [guard.call(charge, order).kind for order in (3, 10)]
+
+
 def test_a_connection_that_is_killed_costs_no_run(guard: Guard, namespace: str) -> None:
     """Backends are terminated all the time: every call still runs once, and nothing is lost."""
     stop = threading.Event()

@@ -375,26 +375,97 @@ function filterForm() {
 
 // -- overview: the chart --
 
+function color(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+}
+
+function day(seconds) {
+  return serverTime(seconds * 1000, { ...DAY, ...MINUTES });
+}
+
+function stepWords(seconds) {
+  const [size, unit] = seconds >= 86_400 ? [86_400, "day"] : seconds >= 3600 ? [3600, "hour"] : [60, "minute"];
+  return plural(seconds / size, unit);
+}
+
+function short(n) {
+  return n >= 1e6 ? `${n / 1e6} M` : n >= 1e3 ? `${n / 1e3} k` : String(n);
+}
+
+function ticks(_, at, __, ___, step) {
+  return at.map((seconds) => serverTime(seconds * 1000, step >= 86_400 ? DAY : MINUTES));
+}
+
+// uPlot sets its ticks by the browser's clock: give it dates that show the server's.
+function dateForTicks(seconds) {
+  const date = new Date(seconds * 1000);
+  return new Date(date.getTime() + (Number(page.offset) + date.getTimezoneOffset()) * 60_000);
+}
+
+// Bars stand on each other: each layer is drawn as a sum, the later ones over the earlier.
+function layers({ at, executed, blocked, failed }) {
+  const both = executed.map((n, i) => n + blocked[i]);
+  return [at, both.map((n, i) => n + failed[i]), both, executed];
+}
+
+function layer(name) {
+  const paths = uPlot.paths.bars({ size: [0.86, 40], align: 1 });
+  const paint = color(`--chart-${name}`);
+  return { label: name, stroke: paint, fill: paint, width: 0, paths, points: { show: false } };
+}
+
+const STEPS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 1e7, 1e8];
+
+function axes() {
+  const grid = { stroke: color("--chart-grid"), width: 1 };
+  const axis = { stroke: color("--muted"), font: "12px system-ui, sans-serif", ticks: { show: false } };
+  return [
+    { ...axis, grid: { show: false }, values: ticks, space: 72, size: 28 },
+    { ...axis, grid, size: 56, incrs: STEPS, values: (_, at) => at.map(short) },
+  ];
+}
+
+function chartOptions(box, ends, hooks) {
+  return {
+    width: box.clientWidth, height: box.clientHeight, legend: { show: false }, padding: [8, 24, 0, 0],
+    cursor: { y: false, points: { show: false }, drag: { x: true, y: false, setScale: false } },
+    scales: { x: { range: ends }, y: { range: (_, __, most) => [0, Math.max(most * 1.08, 4)] } },
+    tzDate: dateForTicks, axes: axes(), series: [{}, layer("failed"), layer("blocked"), layer("executed")], hooks,
+  };
+}
+
+// The range that was dragged over, for the address.
+function rangeOf(u) {
+  const [from, to] = [u.select.left, u.select.left + u.select.width].map((x) => u.posToVal(x, "x"));
+  const middle = (from + to) / 2;
+  const half = Math.max(to - from, 60) / 2; // figures are counted by the minute
+  const iso = (seconds) => new Date(Math.round(seconds) * 1000).toISOString().replace(".000", "");
+  return `?since=${iso(middle - half)}&until=${iso(middle + half)}`;
+}
+
+function rangeWords(figures, text) {
+  for (const name of ["executed", "blocked", "failed"]) byId(`range-${name}`).textContent = count.format(figures[name]);
+  byId("range-words").textContent = text;
+}
+
+function markRange() {
+  const asked = new URLSearchParams(location.search);
+  const chosen = asked.get("until") ? null : asked.get("since");
+  for (const link of document.querySelectorAll(".ranges a")) {
+    if (link.dataset.since === chosen) link.setAttribute("aria-current", "true");
+    else link.removeAttribute("aria-current");
+  }
+  const reset = byId("range-reset");
+  if (reset) reset.hidden = !asked.has("since") && !asked.has("until");
+}
+
 function activity() {
   let plot = null;
   let shown = null;
 
-  function color(name) {
-    return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  }
-
-  function words(figures, text) {
-    for (const name of ["executed", "blocked", "failed"]) byId(`range-${name}`).textContent = count.format(figures[name]);
-    byId("range-words").textContent = text;
-  }
-
-  function day(seconds) {
-    return serverTime(seconds * 1000, { ...DAY, ...MINUTES });
-  }
-
   function total() {
     const { chart, range } = shown;
-    words(range, `${day(Date.parse(chart.since) / 1000)} – ${day(Date.parse(chart.until) / 1000)}`);
+    rangeWords(range, `${day(Date.parse(chart.since) / 1000)} – ${day(Date.parse(chart.until) / 1000)}`);
   }
 
   function hover(u) {
@@ -402,22 +473,19 @@ function activity() {
     const i = u.cursor.idx;
     if (i == null || u.cursor.left < 0) return total();
     const figures = { executed: chart.executed[i], blocked: chart.blocked[i], failed: chart.failed[i] };
-    words(figures, `${day(chart.at[i])}, ${stepWords(chart.step_seconds)}`);
+    rangeWords(figures, `${day(chart.at[i])}, ${stepWords(chart.step_seconds)}`);
   }
 
-  function stepWords(seconds) {
-    const [size, unit] = seconds >= 86_400 ? [86_400, "day"] : seconds >= 3600 ? [3600, "hour"] : [60, "minute"];
-    return plural(seconds / size, unit);
-  }
-
-  // bars stand on each other: each layer is drawn as a sum, the later ones over the earlier
-  function layers({ at, executed, blocked, failed }) {
-    const both = executed.map((n, i) => n + blocked[i]);
-    return [at, both.map((n, i) => n + failed[i]), both, executed];
+  function select(u) {
+    if (u.select.width < 5) return;
+    const search = rangeOf(u);
+    u.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
+    go(search);
   }
 
   // whole bars, also where the range begins within one
-  function ends({ at, step_seconds: step }) {
+  function ends() {
+    const { at, step_seconds: step } = shown.chart;
     return [at[0], at[at.length - 1] + step];
   }
 
@@ -425,53 +493,8 @@ function activity() {
     const box = byId("chart");
     if (!box || !shown) return;
     if (plot) plot.destroy();
-    const { chart } = shown;
-    const bars = uPlot.paths.bars({ size: [0.86, 40], align: 1 });
-    const layer = (name) => ({ label: name, stroke: color(`--chart-${name}`), fill: color(`--chart-${name}`), width: 0, paths: bars, points: { show: false } });
-    const axis = { stroke: color("--muted"), font: "12px system-ui, sans-serif", grid: { stroke: color("--chart-grid"), width: 1 }, ticks: { show: false } };
-    plot = new uPlot(
-      {
-        // it sets its ticks by the browser's clock
-        tzDate: (seconds) => {
-          const date = new Date(seconds * 1000);
-          return new Date(date.getTime() + (Number(page.offset) + date.getTimezoneOffset()) * 60_000);
-        },
-        width: box.clientWidth, height: box.clientHeight, legend: { show: false },
-        padding: [8, 24, 0, 0],
-        cursor: { y: false, points: { show: false }, drag: { x: true, y: false, setScale: false } },
-        scales: {
-          x: { range: () => ends(shown.chart) },
-          y: { range: (_, __, most) => [0, Math.max(most * 1.08, 4)] },
-        },
-        axes: [
-          { ...axis, grid: { show: false }, values: ticks, space: 72, size: 28 },
-          { ...axis, size: 56, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 1e7, 1e8], values: (_, at) => at.map(short) },
-        ],
-        series: [{}, layer("failed"), layer("blocked"), layer("executed")],
-        hooks: { setSelect: [select], setCursor: [hover] },
-      },
-      layers(chart),
-      box,
-    );
+    plot = new uPlot(chartOptions(box, ends, { setSelect: [select], setCursor: [hover] }), layers(shown.chart), box);
     total();
-  }
-
-  function ticks(_, at, __, ___, step) {
-    return at.map((seconds) => serverTime(seconds * 1000, step >= 86_400 ? DAY : MINUTES));
-  }
-
-  function short(n) {
-    return n >= 1e6 ? `${n / 1e6} M` : n >= 1e3 ? `${n / 1e3} k` : String(n);
-  }
-
-  function select(u) {
-    if (u.select.width < 5) return;
-    const [from, to] = [u.select.left, u.select.left + u.select.width].map((x) => u.posToVal(x, "x"));
-    u.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
-    const middle = (from + to) / 2;
-    const half = Math.max(to - from, 60) / 2; // figures are counted by the minute
-    const iso = (seconds) => new Date(Math.round(seconds) * 1000).toISOString().replace(".000", "");
-    go(`?since=${iso(middle - half)}&until=${iso(middle + half)}`);
   }
 
   function go(search) {
@@ -481,25 +504,13 @@ function activity() {
 
   async function load() {
     const url = new URL(page.overview, location.href);
-    const asked = new URLSearchParams(location.search);
-    for (const name of ["since", "until"]) if (asked.get(name)) url.searchParams.set(name, asked.get(name));
-    mark(asked);
-    const found = await api(url);
-    shown = found;
+    narrow(url, ["since", "until"]);
+    markRange();
+    shown = await api(url);
     if (plot && byId("chart") && byId("chart").contains(plot.root)) {
-      plot.setData(layers(found.chart));
+      plot.setData(layers(shown.chart));
       total();
     } else draw();
-  }
-
-  function mark(asked) {
-    const chosen = asked.get("until") ? null : asked.get("since");
-    for (const link of document.querySelectorAll(".ranges a")) {
-      if (link.dataset.since === chosen) link.setAttribute("aria-current", "true");
-      else link.removeAttribute("aria-current");
-    }
-    const reset = byId("range-reset");
-    if (reset) reset.hidden = !asked.has("since") && !asked.has("until");
   }
 
   document.addEventListener("click", (event) => {
