@@ -21,7 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 from ledger import UsageError
 from ledger_ops import acts
 from ledger_ops.reader import open_store
-from tests.actors import Stage
+from tests.actors import Stage, eventually
 from tests.dashboard_kit import CHARGER, copy_of, csrf_of, leave_doubt, tell_story
 
 TOKEN = "a-long-random-token-of-a-test"
@@ -246,6 +246,8 @@ def test_counters_never_go_down(stage: Stage) -> None:
         seen = [metrics_of(client)]
         for order in ("A-1", "A-1", "A-2"):
             charge(order)
+        # who was blocked is written a moment later
+        eventually(lambda: metrics_of(client)['ledger_attempts_total{tool="actor.charge"}'] == 3)
         seen.append(metrics_of(client))
         acts.clear(open_store(stage.db), actor="test")
         seen.append(metrics_of(client))

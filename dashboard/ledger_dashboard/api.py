@@ -201,7 +201,13 @@ async def _act(request: Request, act: Any, **options: Any) -> Response:
     opened = await opened_for(request)
     call = await run_in_threadpool(opened.reader.find, request.path_params["call"])
     actor = request.app.state.desk.actor
-    record = await run_in_threadpool(act, opened.reader.store, call, actor=actor, **options)
+    try:
+        record = await run_in_threadpool(act, opened.reader.store, call, actor=actor, **options)
+    except StoreError as error:
+        if error.__cause__ is not None or not opened.is_current():
+            raise
+        # the file is there and sound: somebody else held it for all the time that was allowed
+        raise HTTPException(503, "nothing was changed: another process is writing") from None
     await run_in_threadpool(opened.changed)
     runs = await run_in_threadpool(opened.reader.store.rows, call)
     verdict = opened.reader.verdict(record, runs)

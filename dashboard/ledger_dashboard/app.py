@@ -102,16 +102,13 @@ async def _ledger_error(request: Request, error: Exception) -> Response:
         return refusal(request, 404, what, "Look for it in the list of calls.")
     if isinstance(error, NoLedger):
         return refusal(request, 503, "the ledger is gone", f"{_sentence(what)}. {_PUT_BACK} {_AGAIN}")
-    acting = request.method not in SAFE_METHODS
     if isinstance(error, StoreError):
         source: Source = request.app.state.desk.source
         await run_in_threadpool(source.doubt, error)
-        if acting and error.__cause__ is None:  # the file is there and sound, but somebody else writes
-            return refusal(request, 503, "nothing was changed: another process is writing", "Try again.")
         return refusal(request, 503, "the ledger cannot be read", f"{_sentence(str(error))}. {_AGAIN}")
     if isinstance(error, InProgress):
         return refusal(request, 409, what, _sentence(advice or "wait for the run to end"))
-    if acting:  # what the ledger advises are words of the command line
+    if request.method not in SAFE_METHODS:  # what the ledger advises are words of the command line
         return refusal(request, 409, what, "Reload the page and look at the call as it stands now.")
     return refusal(request, 400, what, _sentence(advice or "change what was asked for"))
 
@@ -133,7 +130,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     what = {404: "there is no such page", 405: "this address does not take that method"}.get(
         error.status_code, error.detail
     )
-    advice = {404: "Go to the overview.", 405: "See /api/openapi.json."}.get(
+    advice = {404: "Go to the overview.", 405: "See /api/openapi.json.", 503: "Try again."}.get(
         error.status_code, "Change what was sent."
     )
     answer = refusal(request, error.status_code, what, advice)

@@ -50,7 +50,7 @@ class Counts:
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, str], int] = defaultdict(int)
-        self._identity: tuple[int, int] | None = None
+        self._history: tuple[str, tuple[int, int] | None] | None = None
         self._seq = 0
         self._lock = threading.Lock()
 
@@ -59,8 +59,9 @@ class Counts:
         with self._lock:
             last = opened.reader.last_seq()
             browse = opened.reader.store.browse
-            if opened.identity != self._identity or last < self._seq:  # another history, or the first look
-                self._identity, self._seq = opened.identity, last
+            history = (opened.address, opened.identity)
+            if history != self._history or last < self._seq:  # another one, or the first look
+                self._history, self._seq = history, last
             [[restored]] = browse(_RESTORED, (self._seq,))
             after = max(self._seq, restored or 0)
             for tool, kind, n in browse(_NEW_EVENTS, (after, last)):

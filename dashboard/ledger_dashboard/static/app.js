@@ -165,7 +165,10 @@ async function refresh(more = {}) {
 function refused(event) {
   const { response, sourceElement } = event.detail.ctx;
   if (sourceElement !== document.body) return;
-  if (page.view !== "call" || response.status !== 404) return linkState("lost", `error ${response.status}`);
+  if (page.view !== "call" || response.status !== 404) {
+    page.refused = "1";
+    return linkState("lost", `error ${response.status}`);
+  }
   const region = byId("live-region");
   const words = document.createElement("h1");
   words.textContent = "This call is no longer in the ledger";
@@ -637,7 +640,9 @@ function keys() {
 
 document.addEventListener("htmx:after:request", (event) => {
   const doubts = event.detail.ctx.response.headers.get("x-ledger-doubts");
-  if (doubts === null) return;
+  if (doubts === null) return; // it was refused
+  if (page.refused) linkState("live", "live");
+  delete page.refused;
   const badge = byId("doubt-count");
   badge.childNodes[1].nodeValue = count.format(doubts);
   badge.hidden = doubts === "0";
