@@ -58,25 +58,19 @@ class Counts:
         """Count what came, and give all counts."""
         with self._lock:
             last = opened.reader.last_seq()
-            browse = opened.reader.store.browse
             history = (opened.address, opened.identity)
             if history != self._history or last < self._seq:  # another one, or the first look
                 self._history, self._seq = history, last
-            [[restored]] = browse(_RESTORED, (self._seq,))
-            after = max(self._seq, restored or 0)
-            for tool, kind, n in browse(_NEW_EVENTS, (after, last)):
-                self._counts[tool, kind] += int(n)
-            self._seq = last
+            while rows := opened.reader.slice_of_events(self._seq, _SLICE):
+                for _, kind, _, tool, _, _, n, *_ in rows:
+                    if kind == "restored":
+                        continue
+                    self._counts[tool, kind] += n
+                self._seq = rows[-1][0]
             return dict(self._counts)
 
 
-_RESTORED = "SELECT MAX(seq) FROM events WHERE seq > ? AND kind = 'restored'"
-_NEW_EVENTS = """
-SELECT tool, kind, SUM(n)
-  FROM events
- WHERE seq > ? AND seq <= ? AND tool IS NOT NULL
- GROUP BY tool, kind
-"""
+_SLICE = 5_000
 
 
 async def get_metrics(request: Request) -> Response:

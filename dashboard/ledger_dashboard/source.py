@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ledger import LedgerError, SqliteStore, StoreError
-from ledger_ops.reader import AnyStore, Reader, open_ledger
+from ledger_ops.reader import AnyStore, open_ledger, reader_of
 from ledger_ops.rollup import Rollup
 from ledger_ops.values import Stats
 
@@ -34,9 +34,9 @@ class Opened:
         store = _open(url)
         self.address = store.address
         self.identity = _identity(self.address)
-        self.reader = Reader(store)
+        self.reader = reader_of(store)
         # its own connections: counting a big file must not make pages wait for each other's lock
-        self.rollup = Rollup(Reader(_open(url)))
+        self.rollup = Rollup(reader_of(_open(url)))
         self._stats: Stats | None = None
         self._stats_at = self._stats_cost = 0.0
         self._stats_lock = threading.Lock()
@@ -132,7 +132,7 @@ class Source:
         try:
             for sql in _PROBES:
                 store.browse(sql)
-            return Reader(store).last_seq()
+            return reader_of(store).last_seq()
         finally:
             store.close()
 
