@@ -2137,11 +2137,11 @@ class _Keeper:
         if failed is not None:
             raise failed
 
-    def finish(self) -> None:
+    def finish(self, limit: float | None = None) -> None:
         """Write what waits, outcomes within a time limit, counts if they can be; watch what still runs."""
         if self.pid != os.getpid():
             return
-        limit = time.monotonic() + self.FINISH_SECONDS
+        limit = limit or time.monotonic() + self.FINISH_SECONDS
         while True:
             try:
                 self._retry()
@@ -2180,8 +2180,9 @@ def _at_exit(keeper: _Keeper) -> None:
 
 
 def _finish_all() -> None:
+    limit = time.monotonic() + _Keeper.FINISH_SECONDS  # for all stores of the process together
     for keeper in list(_keepers):
-        keeper.finish()
+        keeper.finish(limit)
 
 
 # ═══ The SQLite store ═════════════════════════════════════════════════════════════════
