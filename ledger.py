@@ -2164,6 +2164,7 @@ class _Keeper:
 
 _keepers: weakref.WeakSet[_Keeper] = weakref.WeakSet()
 _exit_pid = 0
+_exit_limit = (0, 0.0)
 
 
 def _at_exit(keeper: _Keeper) -> None:
@@ -2180,7 +2181,12 @@ def _at_exit(keeper: _Keeper) -> None:
 
 
 def _finish_all() -> None:
-    limit = time.monotonic() + _Keeper.FINISH_SECONDS  # for all stores of the process together
+    global _exit_limit
+    # one limit for all stores together, and for both ends: atexit's and multiprocessing's
+    pid, limit = _exit_limit
+    if pid != os.getpid():
+        limit = time.monotonic() + _Keeper.FINISH_SECONDS
+        _exit_limit = (os.getpid(), limit)
     for keeper in list(_keepers):
         keeper.finish(limit)
 
