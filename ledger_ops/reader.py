@@ -53,7 +53,7 @@ class NoSuchCall(UsageError):
 
 def url_of(url: str | os.PathLike[str] | None = None) -> str:
     """What a guard takes: the path of a file, or a server's URL (None: LEDGER_DB, else ./ledger.db)."""
-    text = os.fspath(url) if url is not None else os.environ.get("LEDGER_DB") or "ledger.db"
+    text = _text_of(url)
     is_server = "://" in text and text.partition("://")[0] not in ("sqlite", "memory")
     return text if is_server else str(path_of(text))
 
@@ -101,7 +101,7 @@ def path_of(url: str | os.PathLike[str] | None = None) -> Path:
 
     Raises `UsageError` for a URL that names no file.
     """
-    text = os.fspath(url) if url is not None else os.environ.get("LEDGER_DB") or "ledger.db"
+    text = _text_of(url)
     scheme, found, rest = text.partition("://")
     if found and scheme != "sqlite":
         why = "it lives in its own process" if scheme == "memory" else "it is no file"
@@ -109,6 +109,10 @@ def path_of(url: str | os.PathLike[str] | None = None) -> Path:
             f"{without_password(text)} cannot be used here: {why}; name a path or sqlite:///path"
         )
     return Path(rest.removeprefix("/") if found else text).absolute()
+
+
+def _text_of(url: str | os.PathLike[str] | None) -> str:
+    return os.fspath(url) if url is not None else os.environ.get("LEDGER_DB") or "ledger.db"
 
 
 def refuse_missing(path: Path) -> None:
@@ -266,10 +270,6 @@ class Reader:
         events, complete = self._events_of(record, runs, seconds)
         return Detail(record, runs, events, self.verdict(record, runs), complete)
 
-    def record(self, call: str) -> Record | None:
-        """One call by its whole fingerprint; None if it was never made."""
-        return self.store.look(call)
-
     def verdict(self, record: Record, runs: Sequence[Run]) -> str:
         """What the next identical call would get, as far as the ledger tells: policies live in the program."""
         if not runs:
@@ -387,10 +387,10 @@ class Reader:
     ) -> Found:
         """What happened after that number, oldest first, as far on as the time allows; `upto` goes on."""
         deadline = None if seconds is None else time.monotonic() + seconds
+        where, values = _event_conditions(wanted)
         last, found = self.last_seq(), list[Event]()
         while after < last:
             upto = self._seq_after(after, _SEARCH_WINDOW) or last
-            where, values = _event_conditions(wanted)
             sql = (
                 f"SELECT {_EVENT_COLUMNS} FROM events WHERE seq > :after AND seq <= :upto{where}"
                 " ORDER BY seq LIMIT :limit"
@@ -498,7 +498,7 @@ class Reader:
             return self._stats_of_few(wanted)
         where, values = _conditions(replace(wanted, status=None))
         if wanted.status is not None:
-            latest = _LATEST.replace("l.", "m.").replace("AS l", "AS m").replace("r.", "l.")
+            latest = "NOT EXISTS (SELECT 1 FROM runs AS m WHERE m.call = l.call AND m.run > l.run)"
             stands = _stands(wanted.status, "l.")
             where += f" AND EXISTS (SELECT 1 FROM runs AS l WHERE l.call = r.call AND {stands} AND {latest})"
         tools: dict[str, Sums] = {}
@@ -609,17 +609,17 @@ def stats_from(tools: dict[str, Sums]) -> Stats:
 # -- the conditions of a filter: SQL that narrows, and its values --
 
 
-def _conditions(wanted: Filter, r: str = "r.") -> tuple[str, dict[str, Any]]:
-    parts, values = _common(wanted, r)
+def _conditions(wanted: Filter) -> tuple[str, dict[str, Any]]:
+    parts, values = _common(wanted, "r.")
     if wanted.since is not None:
-        parts.append(f"{r}started >= :since")
+        parts.append("r.started >= :since")
     if wanted.until is not None:
-        parts.append(f"{r}started < :until")
+        parts.append("r.started < :until")
     if wanted.status is not None:
-        parts.append(_stands(wanted.status, r))
+        parts.append(_stands(wanted.status, "r."))
     if wanted.search:
         parts.append(
-            _contains(wanted.search, *(f"{r}{name}" for name in ("tool", "args", "key", "result", "error")))
+            _contains(wanted.search, *(f"r.{name}" for name in ("tool", "args", "key", "result", "error")))
         )
     return "".join(f" AND {part}" for part in parts), values
 

@@ -57,6 +57,8 @@ class ServerStore(Store):
         self._counting = threading.RLock()
         self._writer, self._batch = ledger.new_token(), 0
         self._watcher = _Watcher(self)
+        self._offset = 0.0
+        self._offset_at = 0.0
 
     # -- counting: buffered --
 
@@ -89,6 +91,14 @@ class ServerStore(Store):
         return super().describe(rows, sum(r.blocked for r in rows) + waiting if blocked is None else blocked)
 
     # -- duplicates that wait --
+
+    def quick(self, call: str) -> Sequence[tuple[str, int, str | None, int]]:
+        """Nothing: the claim itself tells a duplicate why it lost, in the same round trip."""
+        return ()
+
+    async def quick_async(self, call: str) -> Sequence[tuple[str, int, str | None, int]]:
+        """Nothing, without a thread."""
+        return ()
 
     def pause(self, waited: float) -> float:
         """Long: whoever waits is woken."""
@@ -126,6 +136,14 @@ class ServerStore(Store):
     def _exact_time(self) -> int:
         """The server's clock, now."""
         raise NotImplementedError
+
+    def _server_time(self) -> int:
+        """The server's clock, from a comparison with ours that is at most ten seconds old."""
+        now = time.monotonic()
+        if not self._offset_at or now - self._offset_at > 10:
+            self._offset = self._exact_time() - time.monotonic() * 1e6
+            self._offset_at = now
+        return int(time.monotonic() * 1e6 + self._offset)
 
     # -- looking --
 

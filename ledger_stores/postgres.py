@@ -62,8 +62,6 @@ class PostgresStore(ServerStore):
     def _begin(self) -> None:
         super()._begin()
         self._pool: psycopg_pool.ConnectionPool[psycopg.Connection[Any]] | None = None
-        self._offset = 0.0
-        self._offset_at = 0.0
         self._prepares = True
         self._listening: psycopg.Connection[Any] | None = None
 
@@ -240,25 +238,9 @@ class PostgresStore(ServerStore):
         found = self._ask(f"SELECT {_COLUMNS} FROM :ns.runs WHERE call = %s ORDER BY run", (call,))
         return [Run(*row) for row in found]
 
-    def quick(self, call: str) -> Sequence[tuple[str, int, str | None, int]]:
-        """Nothing: the claim itself tells a duplicate why it lost, in the same round trip."""
-        return ()
-
-    async def quick_async(self, call: str) -> Sequence[tuple[str, int, str | None, int]]:
-        """Nothing, without a thread."""
-        return ()
-
     def _now(self) -> Now:
         wall = self._server_time()
         return Now(wall, self.clock.mono(), lambda run: run.lease <= wall)
-
-    def _server_time(self) -> int:
-        """The server's clock, from a comparison with ours that is at most ten seconds old."""
-        now = time.monotonic()
-        if not self._offset_at or now - self._offset_at > 10:
-            self._offset = self._exact_time() - time.monotonic() * 1e6
-            self._offset_at = now
-        return int(time.monotonic() * 1e6 + self._offset)
 
     def _exact_time(self) -> int:
         """The server's clock, now."""

@@ -105,8 +105,6 @@ class RedisStore(ServerStore):
         super()._begin()
         self._connections: _Connections | None = None
         self._id = b""
-        self._offset = 0.0
-        self._offset_at = 0.0
         self._holders: dict[str, str | None] = {}
 
     # -- connections --
@@ -317,24 +315,8 @@ class RedisStore(ServerStore):
         """All runs of a call, oldest first."""
         return _rows_from(call, self._look(("HGETALL", f"{self._prefix}call:{call}"))[0])
 
-    def quick(self, call: str) -> Sequence[tuple[str, int, str | None, int]]:
-        """Nothing: the claim itself tells a duplicate why it lost, in the same round trip."""
-        return ()
-
-    async def quick_async(self, call: str) -> Sequence[tuple[str, int, str | None, int]]:
-        """Nothing, without a thread."""
-        return ()
-
     def _exact_time(self) -> int:
         return int(self._ask("now"))
-
-    def _server_time(self) -> int:
-        """The server's clock, from a comparison with ours that is at most ten seconds old."""
-        now = time.monotonic()
-        if not self._offset_at or now - self._offset_at > 10:
-            self._offset = self._exact_time() - time.monotonic() * 1e6
-            self._offset_at = now
-        return int(time.monotonic() * 1e6 + self._offset)
 
     def _now(self) -> Now:
         wall = self._exact_time()

@@ -21,7 +21,18 @@ import redis
 import ledger
 from ledger import Claim, Guard, InProgress, Now, Op, Run, StoreError, UsageError
 from ledger_stores.redis import RedisStore
-from ledger_stores.testing import SECOND, FakeClock, claim, claim_of, release, renew, reset, resolve, settle
+from ledger_stores.testing import (
+    SECOND,
+    FakeClock,
+    claim,
+    claim_of,
+    in_parallel,
+    release,
+    renew,
+    reset,
+    resolve,
+    settle,
+)
 from tests.stores.redis_kit import PATIENCE, LossyWay, RedisServer, open_redis, redis_url
 from tests.stores.servers import fresh_namespace
 
@@ -76,23 +87,6 @@ def run_of(store: RedisStore, asked: Claim) -> Run:
     assert verdict.kind == "granted"
     assert verdict.row is not None
     return verdict.row
-
-
-def in_parallel(count: int, work: Callable[[int], Any]) -> list[Any]:
-    """What `work(n)` gives in so many threads that begin at once."""
-    gate = threading.Barrier(count)
-    found: list[Any] = [None] * count
-
-    def run(number: int) -> None:
-        gate.wait(PATIENCE)
-        found[number] = work(number)
-
-    threads = [threading.Thread(target=run, args=(n,)) for n in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
 
 
 # ── the script against the pure operations ────────────────────────────────────────────
