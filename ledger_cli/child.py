@@ -30,8 +30,9 @@ _LOOK_SECONDS = 0.25
 _SILENCE_SECONDS, _AFTERMATH_SECONDS, _AFTERMATH_BYTES = 1.0, 2.0, 1 << 20
 #: how long a reader who does not read may take when we were told to end
 _HURRIED_SECONDS = 1.0
-#: so many pieces of output wait for their reader before the command has to wait for him
-_PIECES = 16
+#: so much output waits for its reader before the command has to wait for him; bytes, because how
+#: many pieces it comes in is a matter of scheduling
+_WAITING_BYTES = 1 << 20
 
 
 class NotStarted(NotPerformed):
@@ -154,19 +155,24 @@ class _Shown(threading.Thread):
         super().__init__(daemon=True)
         self._target = target
         self._pieces: SimpleQueue[bytes] = SimpleQueue()
-        self._room = threading.Semaphore(_PIECES)
+        self._waiting = 0
+        self._changed = threading.Condition()
 
     def run(self) -> None:
         """Until the empty piece."""
         is_read = True
         while piece := self._pieces.get():
             is_read = is_read and wrote(self._target, piece)
-            self._room.release()
+            with self._changed:
+                self._waiting -= len(piece)
+                self._changed.notify()
 
     def put(self, piece: bytes, *, waits: Callable[[], bool]) -> None:
         """Show this after what came before; while it `waits`, not before there is room."""
-        while waits() and not self._room.acquire(timeout=_LOOK_SECONDS):
-            pass
+        with self._changed:
+            while self._waiting >= _WAITING_BYTES and waits():
+                self._changed.wait(_LOOK_SECONDS)
+            self._waiting += len(piece)
         self._pieces.put(piece)
 
 

@@ -386,10 +386,17 @@ def test_what_goes_on_speaking_in_the_background_holds_nobody_up(db: Path, tmp_p
     assert [3, 3] == [call["result"]["code"] for call in run("show", db, "--json").json]
 
 
-def test_a_reader_who_does_not_read_holds_up_no_outcome(db: Path) -> None:
+@pytest.mark.parametrize(
+    "script",
+    [
+        "yes | head -c 400000; echo last",
+        "for n in $(seq 100); do yes | head -c 4000; sleep 0.005; done; echo last",
+    ],
+    ids=["at once", "in small pieces"],
+)
+def test_a_reader_who_does_not_read_holds_up_no_outcome(script: str, db: Path) -> None:
     """The outcome is recorded before the reader has all; then the rest is shown, or a signal ends it."""
     reading, writing = os.pipe()
-    script = "yes | head -c 400000; echo last"
     words: list[str | Path] = [COMMAND, "run", "--db", db, "--key", "k", "--", *sh(script)]
     with subprocess.Popen(words, stdout=writing, env=environment()) as process:
         os.close(writing)
