@@ -1,6 +1,7 @@
 """The guard's stores on databases that many machines share; the drivers load where first needed.
 
-`Guard("postgresql://user@host/db")` needs the extra `postgres`, `Guard("redis://host:6379/0")` the extra `redis`.
+`Guard("postgresql://user@host/db")` needs the extra `postgres`, `Guard("redis://host:6379/0")` the extra `redis`,
+`Guard("dynamodb://table?region=eu-central-1")` the extra `dynamodb`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ _STORES = {
     "postgres": ("postgres", "PostgresStore", "postgres", ("psycopg", "psycopg_pool")),
     "redis": ("redis", "RedisStore", "redis", ("redis",)),
     "rediss": ("redis", "RedisStore", "redis", ("redis",)),
+    "dynamodb": ("dynamodb", "DynamoStore", "dynamodb", ("boto3", "botocore")),
 }
 
 

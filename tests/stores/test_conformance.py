@@ -95,3 +95,22 @@ class TestPostgres(StoreConformance):
             db.execute(
                 f"UPDATE {store.namespace}.meta SET value = %s WHERE name = 'now'", (str(clock.wall()),)
             )
+
+
+class TestDynamo(StoreConformance):
+    """moto's server behind real boto3; its time is put where the test can set it."""
+
+    is_shared = True
+    keeps_events = False
+    resets_at_once = False
+
+    def make(self, folder: Path, clock: Clock) -> Store:  # noqa: ARG002 - it needs no place
+        from tests.stores.dynamo_kit import open_dynamo
+
+        return open_dynamo(clock)
+
+    def again(self, store: Store) -> Store:
+        from tests.stores.dynamo_kit import ClockedDynamo
+
+        assert isinstance(store, ClockedDynamo)
+        return ClockedDynamo(store.url, namespace=store.namespace, clock=store.clock)

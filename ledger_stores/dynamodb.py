@@ -1,0 +1,380 @@
+"""The guard on DynamoDB, with boto3.
+
+What was answered has been written to disk in more than one place of the region before: a killed caller,
+a lost machine or a lost zone of Amazon's loses nothing, and there is no setting that weakens it (`sync`
+changes nothing here).  A global table is another matter: its regions agree a second later, so two of
+them can claim one call.  Let all callers use one region.
+
+Each operation is one conditional write of one item; who loses gets the item that stands there in the
+same answer (`ReturnValuesOnConditionCheckFailure`).  Reads are consistent.  Lists go by two indexes that
+are written once for each call, and that may be a moment behind.
+
+*There is no server clock in a condition.*  The time is taken from the `Date` of the answers, which are
+Amazon's and whole seconds, and counted on from there: a lease may be judged up to a second too late, and
+may be granted a second too short.  The caller's own time of day changes nothing (but Amazon refuses
+requests that are signed more than five minutes off).
+
+*Costs*: an executed call is two writes, and a third for the indexes; a duplicate is one write that is
+refused, and is paid for as a write.  Texts that do not fit into the 400 KB of an item lie in items of
+their own, written before the item that names them.  The table is made on first use, with on-demand
+capacity; one that is there must have the same keys and indexes.  No log of all events is kept, as it
+would double the writes: each call keeps the newest events of its own.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from email.utils import parsedate_to_datetime
+from itertools import islice
+from typing import Any, ClassVar, Literal
+from urllib.parse import parse_qsl, urlsplit
+
+import boto3
+from botocore import exceptions
+from botocore.config import Config
+
+from ledger import Clock, StoreError, UsageError
+from ledger_stores.documents import DocumentStore, Fields, boot_micros
+
+#: over so many parts the list of all calls is spread, because one part takes a thousand writes a second
+_SHARDS = 8
+#: bytes of a long text in one item, and how many items go into one request
+_PART, _BATCH = 350_000, 25
+_CONNECT_SECONDS, _TABLE_SECONDS = 5.0, 60.0
+_KEYS = [{"AttributeName": "id", "KeyType": "HASH"}]
+_INDEXES = {"in_order": "shard", "by_workflow": "scope"}
+#: code of an error → what to do
+_ADVICE = {
+    "AccessDeniedException": "let this account read, write, describe and (once) create the table",
+    "UnrecognizedClientException": "see that the credentials are those of an account of this region",
+    "InvalidSignatureException": "see that the secret key is right and this machine's time of day is",
+    "ResourceNotFoundException": "the table was removed; restore it, or close the store to begin anew",
+    "ProvisionedThroughputExceededException": "it is throttled; raise its capacity or make it on-demand",
+    "ThrottlingException": "it is throttled; raise its capacity or make it on-demand",
+    "RequestLimitExceeded": "the account's limit is reached; ask for more, or call less often",
+}
+
+
+class DynamoStore(DocumentStore):
+    """Calls in one table of DynamoDB; `namespace` is what all its keys begin with."""
+
+    room: ClassVar[int] = 256_000
+    resolution: ClassVar[int] = 1_000_000
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        namespace: str | None = None,
+        sync: Literal["full", "claim", "off"] = "full",
+        lock_seconds: float = 30.0,
+        clock: Clock | None = None,
+    ) -> None:
+        if namespace and not re.fullmatch(r"[a-z_][a-z0-9_]{0,40}", namespace):
+            raise UsageError(f"namespace={namespace!r} cannot begin keys: use small letters, digits and _")
+        super().__init__(url, namespace=namespace, clock=clock)
+        self.table, self._options = _parts_of(url)
+        self.sync = sync
+        self.lock_seconds = lock_seconds
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._client: Any = None
+
+    # -- connection --
+
+    def _opened(self) -> Any:
+        if self._client is None:
+            with self._opening:
+                self._client = self._client or self._open()
+        return self._client
+
+    def _open(self) -> Any:
+        """A client, with the table there and fit for use."""
+        seconds = max(1.0, self.lock_seconds)
+        config = Config(
+            connect_timeout=min(_CONNECT_SECONDS, seconds),
+            read_timeout=min(10.0, seconds),
+            retries={"mode": "standard", "total_max_attempts": 4},
+            max_pool_connections=64,
+        )
+        try:
+            # a session of its own: the default one is not for several threads
+            client = boto3.session.Session().client(
+                "dynamodb",
+                region_name=self._options.get("region"),
+                endpoint_url=self._options.get("endpoint_url"),
+                config=config,
+            )
+        except exceptions.NoRegionError as error:
+            raise UsageError(f"{self.url}: which region? Say ?region=…, or set AWS_REGION") from error
+        except (ValueError, exceptions.BotoCoreError) as error:
+            raise UsageError(f"{self.url} cannot be used: {error}") from error
+        try:
+            self._prepare(client)
+        except (exceptions.BotoCoreError, exceptions.ClientError) as error:
+            raise self._translated(error) from error
+        return client
+
+    def _prepare(self, client: Any) -> None:
+        """Make the table if it is not there, and wait until it can be used; refuse another's."""
+        limit = time.monotonic() + _TABLE_SECONDS
+        while True:
+            try:
+                table = client.describe_table(TableName=self.table)["Table"]
+            except client.exceptions.ResourceNotFoundException:
+                self._create(client)
+                continue
+            if not _is_ours(table):
+                raise StoreError(
+                    f"{self.url}: the table {self.table} has other keys or indexes than a ledger; nothing was "
+                    "written. Name another table; it is made on first use"
+                )
+            states = [table["TableStatus"], *(i["IndexStatus"] for i in table["GlobalSecondaryIndexes"])]
+            if set(states) <= {"ACTIVE", "UPDATING"}:
+                return
+            if time.monotonic() > limit:
+                raise StoreError(f"{self.url}: the table is {states[0]} and not ready; try again later")
+            time.sleep(0.5)
+
+    def _create(self, client: Any) -> None:
+        names = ("id", "first", *_INDEXES.values())
+        try:
+            client.create_table(
+                TableName=self.table,
+                BillingMode="PAY_PER_REQUEST",
+                KeySchema=_KEYS,
+                AttributeDefinitions=[{"AttributeName": name, "AttributeType": "S"} for name in names],
+                GlobalSecondaryIndexes=[
+                    {
+                        "IndexName": index,
+                        "KeySchema": _key_of(part),
+                        "Projection": {"ProjectionType": "KEYS_ONLY"},
+                    }
+                    for index, part in _INDEXES.items()
+                ],
+            )
+        except client.exceptions.ResourceInUseException:
+            return  # somebody else makes it
+
+    def _translated(self, error: Exception) -> StoreError:
+        advice = "see that the endpoint answers and can be reached"
+        if isinstance(error, exceptions.ClientError):
+            advice = _ADVICE.get(error.response["Error"]["Code"], "see the message")
+        elif isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError)):
+            advice = "give credentials, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or in a profile"
+        return StoreError(f"{self.url}: {error}; {advice}")
+
+    def _do(self, operation: str, **values: Any) -> dict[str, Any]:
+        """One request; every answer tells the time, also that a condition did not hold (`Failed`)."""
+        client = self._opened()
+        asked = boot_micros()
+        try:
+            answer: dict[str, Any] = getattr(client, operation)(TableName=self.table, **values)
+        except client.exceptions.ConditionalCheckFailedException as error:
+            answer = {**error.response, "Failed": True}
+        except (exceptions.BotoCoreError, exceptions.ClientError) as error:
+            raise self._translated(error) from error
+        self._learn(answer, asked)
+        return answer
+
+    def _do_all(self, operation: str, requests: dict[str, Any], left: str) -> Iterator[dict[str, Any]]:
+        """One batch, and again what the server left undone."""
+        client, pause = self._opened(), 0.05
+        while requests:
+            asked = boot_micros()
+            try:
+                answer = getattr(client, operation)(RequestItems=requests)
+            except (exceptions.BotoCoreError, exceptions.ClientError) as error:
+                raise self._translated(error) from error
+            self._learn(answer, asked)
+            yield answer
+            if requests := answer.get(left, {}):
+                time.sleep(pause)
+                pause = min(pause * 2, 2.0)
+
+    def _learn(self, answer: dict[str, Any], asked: int) -> None:
+        if date := answer["ResponseMetadata"]["HTTPHeaders"].get("date"):
+            told = int(parsedate_to_datetime(date).timestamp()) * 1_000_000
+            self._time.learn(told, asked, boot_micros())
+
+    # -- documents --
+
+    def _key(self, name: str) -> dict[str, Any]:
+        return {"id": {"S": f"{self.namespace}:{name}"}}
+
+    def _id(self, item: dict[str, Any]) -> str:
+        return str(item["id"]["S"]).partition(":")[2]
+
+    def _list(self, kind: str, part: str) -> str:
+        return f"{self.namespace}:{kind}:{part}"
+
+    def _about(self, fields: Fields) -> Fields:
+        found = self._find(["ledger"])
+        return found.get("ledger") or self._insert("ledger", fields)
+
+    def _find(self, ids: Sequence[str]) -> dict[str, Fields]:
+        if len(ids) == 1:
+            found = self._do("get_item", Key=self._key(ids[0]), ConsistentRead=True).get("Item")
+            return {ids[0]: _fields_of(found)} if found else {}
+        request = {self.table: {"Keys": [self._key(name) for name in ids], "ConsistentRead": True}}
+        answers = self._do_all("batch_get_item", request, "UnprocessedKeys")
+        items = (item for answer in answers for item in answer["Responses"].get(self.table, ()))
+        return {self._id(item): _fields_of(item) for item in items}
+
+    def _insert(self, name: str, fields: Fields, scope: str = "") -> Fields:
+        item = {**self._key(name), **_item_of(fields)}
+        if "first" in fields:
+            kind = name.partition(":")[0]
+            shard = zlib.crc32(name.encode()) % _SHARDS
+            item |= _item_of({"shard": self._list(kind, str(shard)), "scope": self._list(kind, scope)})
+        answer = self._do(
+            "put_item",
+            Item=item,
+            # nobody made it: a first claim is granted, all others get what is there
+            ConditionExpression="attribute_not_exists(id)",
+            ReturnValuesOnConditionCheckFailure="ALL_OLD",
+        )
+        return _fields_of(answer["Item"]) if "Failed" in answer else fields
+
+    def _swap(self, name: str, version: str, fields: Fields) -> Fields | None:
+        # it is as it was read: no other claim, end, release or reset was written since
+        return self._update(name, fields, "#v = :seen", {":seen": {"S": version}}, names={"#v": "v"})
+
+    def _set(self, name: str, fields: Fields) -> bool:
+        # counts belong to a document that is there, whatever became of it since
+        return self._update(name, fields, "attribute_exists(id)", {}) is not None
+
+    def _update(
+        self,
+        name: str,
+        fields: Fields,
+        condition: str,
+        values: dict[str, Any],
+        *,
+        names: dict[str, str] | None = None,
+    ) -> Fields | None:
+        """Set fields if a condition holds; the document then, None if there is none."""
+        fresh = {f"#f{n}": name for n, name in enumerate(fields)}
+        answer = self._do(
+            "update_item",
+            Key=self._key(name),
+            UpdateExpression="SET " + ", ".join(f"#f{n} = :f{n}" for n in range(len(fields))),
+            ConditionExpression=condition,
+            ExpressionAttributeNames={**fresh, **(names or {})},
+            ExpressionAttributeValues={
+                **_item_of({f":f{n}": v for n, v in enumerate(fields.values())}),
+                **values,
+            },
+            ReturnValuesOnConditionCheckFailure="ALL_OLD",
+            ReturnValues="ALL_NEW",
+        )
+        found = answer.get("Item") if "Failed" in answer else answer["Attributes"]
+        return _fields_of(found) if found else None
+
+    def _drop(self, ids: Iterable[str]) -> None:
+        self._write_all({"DeleteRequest": {"Key": self._key(name)}} for name in ids)
+
+    def _write_all(self, requests: Iterable[dict[str, Any]]) -> None:
+        rest = iter(requests)
+        while batch := list(islice(rest, _BATCH)):
+            for _ in self._do_all("batch_write_item", {self.table: batch}, "UnprocessedItems"):
+                pass
+
+    def _listed(self, kind: str, scope: str | None) -> Iterator[str]:
+        if scope is not None:
+            return (name for _, name in self._query("by_workflow", "scope", self._list(kind, scope)))
+        shards = (self._query("in_order", "shard", self._list(kind, str(n))) for n in range(_SHARDS))
+        return (name for _, name in heapq.merge(*shards))
+
+    def _query(self, index: str, attribute: str, value: str) -> Iterator[tuple[str, str]]:
+        """Place and name of all that one part of an index lists, in order, a page at a time."""
+        after: dict[str, Any] = {}
+        while True:
+            found = self._do(
+                "query",
+                IndexName=index,
+                KeyConditionExpression="#part = :part",
+                ExpressionAttributeNames={"#part": attribute},
+                ExpressionAttributeValues={":part": {"S": value}},
+                **after,
+            )
+            yield from ((item["first"]["S"], self._id(item)) for item in found["Items"])
+            if "LastEvaluatedKey" not in found:
+                return
+            after = {"ExclusiveStartKey": found["LastEvaluatedKey"]}
+
+    # -- long texts --
+
+    def _parts(self, name: str, count: int) -> list[str]:
+        return [f"text:{name}:{n}" for n in range(count)]
+
+    def _keep_text(self, name: str, text: bytes) -> None:
+        pieces = [text[start : start + _PART] for start in range(0, len(text), _PART)]
+        for part, piece in zip(self._parts(name, len(pieces)), pieces, strict=True):
+            item = {**self._key(part), "data": {"B": piece}, "parts": {"N": str(len(pieces))}}
+            self._do("put_item", Item=item)
+
+    def _text(self, name: str) -> bytes | None:
+        first = self._find([f"text:{name}:0"]).get(f"text:{name}:0")
+        if first is None:
+            return None
+        rest = self._parts(name, first["parts"])[1:]
+        pieces = [first["data"], *(self._find([name]).get(name, {}).get("data") for name in rest)]
+        return None if None in pieces else b"".join(pieces)
+
+    def _drop_texts(self, names: Iterable[str]) -> None:
+        for name in names:
+            first = self._find([f"text:{name}:0"]).get(f"text:{name}:0")
+            if first is not None:
+                self._drop(reversed(self._parts(name, first["parts"])))
+
+    # -- the end --
+
+    def close(self) -> None:
+        """Finish what is pending and close the connections; they open again when the store is used again."""
+        super().close()
+        with self._opening:
+            client, self._client = self._client, None
+            self._passed_at, self._ledger_id = 0, ""
+        if client is not None:
+            client.close()
+
+    def _abandon(self) -> None:
+        self._client = None
+
+
+def _parts_of(url: str) -> tuple[str, dict[str, str]]:
+    """The table that a URL names, and what else it says."""
+    parts = urlsplit(url)
+    options = dict(parse_qsl(parts.query))
+    if unknown := sorted(options.keys() - {"region", "endpoint_url"}):
+        raise UsageError(f"{url}: {', '.join(unknown)} is no option; there are region and endpoint_url")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{3,255}", parts.netloc) or parts.path not in ("", "/"):
+        raise UsageError(f"{url} names no table; write dynamodb://TABLE?region=…, three signs or more")
+    return parts.netloc, options
+
+
+def _key_of(part: str) -> list[dict[str, str]]:
+    return [{"AttributeName": part, "KeyType": "HASH"}, {"AttributeName": "first", "KeyType": "RANGE"}]
+
+
+def _is_ours(table: dict[str, Any]) -> bool:
+    indexes = {index["IndexName"]: index["KeySchema"] for index in table.get("GlobalSecondaryIndexes", ())}
+    ours = {index: _key_of(part) for index, part in _INDEXES.items()}
+    return bool(table["KeySchema"] == _KEYS and ours.items() <= indexes.items())
+
+
+def _item_of(fields: Fields) -> dict[str, Any]:
+    return {name: {"S": v} if isinstance(v, str) else {"N": str(v)} for name, v in fields.items()}
+
+
+def _fields_of(item: dict[str, Any]) -> Fields:
+    """Text, whole numbers and bytes of an item."""
+    return {
+        name: int(value["N"]) if "N" in value else next(iter(value.values())) for name, value in item.items()
+    }
