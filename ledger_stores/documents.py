@@ -79,9 +79,13 @@ class ServerClock:
                 least, most = max(least, self._least - aged), min(most, self._most + aged)
             self._least, self._most, self._learned = least, most, received
 
+    def at(self, micros: int) -> int:
+        """UTC microseconds of the server, when our clock says that."""
+        return int(micros + self._least)
+
     def now(self) -> int:
         """UTC microseconds of the server."""
-        return int(boot_micros() + self._least)
+        return self.at(boot_micros())
 
 
 class Document(NamedTuple):
@@ -269,8 +273,9 @@ class DocumentStore(ServerStore):
             now = boot_micros()
             if self._passed_at > after and now - self._passed_at < _GATE_MICROS:
                 return self._passed_at
+            is_new, self._passed_at = not self._passed_at, 0
             self._judge(self._about({"schema": SCHEMA_VERSION, "ledger": ledger.new_token()}))
-            if not self._passed_at:
+            if is_new:
                 me = ledger._me()
                 self._insert(f"process:{me.id}", {"host": me.host, "pid": me.pid})
             self._passed_at = now
@@ -328,7 +333,7 @@ class DocumentStore(ServerStore):
             if change.updates or change.insert or change.forget:
                 is_written, stands = self._write(doc, change)
                 if is_written:
-                    return self._with_texts(change.verdict)
+                    return change.verdict if change.forget else self._with_texts(change.verdict)
             elif not is_guess:
                 return self._with_texts(change.verdict)
             else:

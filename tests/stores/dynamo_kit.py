@@ -6,18 +6,20 @@ import atexit
 import functools
 import logging
 import os
+from importlib.metadata import version
 from typing import Any
 from urllib.parse import quote
 
 from ledger import Clock
 from ledger_stores.dynamodb import DynamoStore
-from tests.stores.servers import fresh_namespace, missing
+from tests.stores.servers import USED, fresh_namespace, missing
 
 
 @functools.cache
 def dynamo_url() -> str:
     """The URL of a table: LEDGER_TEST_DYNAMODB, or one on a server started here."""
     if named := os.environ.get("LEDGER_TEST_DYNAMODB"):
+        USED.add(f"DynamoDB at {named}")
         return named
     try:
         from moto.server import ThreadedMotoServer
@@ -29,6 +31,7 @@ def dynamo_url() -> str:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     atexit.register(server.stop)
+    USED.add(f"DynamoDB as moto {version('moto')} plays it, over boto3 {version('boto3')}")
     host, port = server.get_host_and_port()
     return (
         f"dynamodb://ledger-tests?region=eu-central-1&endpoint_url={quote(f'http://{host}:{port}', safe='')}"

