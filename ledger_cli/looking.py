@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import click
 
-from ledger import Record, StoreError
+from ledger import Record, StoreError, UsageError
 from ledger_cli import grids
 from ledger_cli.app import NOTHING_MATCHED, complain
 from ledger_cli.options import (
@@ -247,6 +247,11 @@ def tail_command(*, db: str | None, wanted: Filter, lines: int, no_follow: bool,
     """
     screen = Screen()
     reader = reader_of(db)
+    if not reader.has_log:
+        raise UsageError(
+            f"{reader.store.address} keeps no log of all events, so none can be followed; `ledger show` "
+            "lists its calls, `ledger inspect CALL` what happened to one"
+        )
     names = grids.Names(reader.tools())
 
     def say(events: list[Event]) -> None:

@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from ledger import Record, Run, Store, UsageError
+from ledger import Record, Run, UsageError
 from ledger_ops.reader import Reader, SliceRow, stats_from
 from ledger_ops.values import Event, Filter, Found, Gap, Page, Stats, Sums, state_of
+from ledger_stores.base import ServerStore
 
 
 class PlainReader(Reader):
@@ -23,7 +24,12 @@ class PlainReader(Reader):
 
     def __init__(self, store: Any) -> None:
         super().__init__(store)
-        self._plain: Store = store
+        self._plain: ServerStore = store
+
+    @property
+    def has_log(self) -> bool:
+        """Whether there is a log of all events."""
+        return not self._plain.logs_by_call
 
     # -- calls --
 
@@ -172,12 +178,13 @@ class PlainReader(Reader):
         return next((run.started for run in rows if run.run == event.run), None)
 
     def _events(self, after: int) -> Iterator[Event]:
-        for values in self._plain.events(after):
-            yield Event(**{**values, "at": _micros(values["at"])})
+        return map(_event_from, self._plain.events(after))
 
     def _events_of(
         self, record: Record, runs: Sequence[Run], seconds: float | None
     ) -> tuple[list[Event], bool]:
+        if not self.has_log:
+            return [_event_from(values) for values in self._plain.events_of(record.call)], True
         deadline = None if seconds is None else time.monotonic() + seconds
         found: list[Event] = []
         for number, event in enumerate(self._events(0), 1):
@@ -237,6 +244,10 @@ def _fits(record: Record, wanted: Filter) -> bool:
         and (wanted.status is None or state_of(record) == wanted.status)
         and _has(wanted.search, *texts)
     )
+
+
+def _event_from(values: dict[str, Any]) -> Event:
+    return Event(**{**values, "at": _micros(values["at"])})
 
 
 def _event_fits(event: Event, wanted: Filter) -> bool:

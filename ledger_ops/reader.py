@@ -145,6 +145,11 @@ class Reader:
     def __init__(self, store: AnyStore) -> None:
         self.store = store
 
+    @property
+    def has_log(self) -> bool:
+        """Whether there is a log of all events."""
+        return True
+
     # -- calls --
 
     def calls(

@@ -41,6 +41,8 @@ class ServerStore(Store):
     judges_in_claim = True
     #: `browse` takes the SQL that SQLite and PostgreSQL have in common
     speaks_sql = False
+    #: each call keeps its newest events itself (`events_of`), and there is no log of all
+    logs_by_call = False
 
     def __init__(self, url: str, *, namespace: str | None = None, clock: Clock | None = None) -> None:
         super().__init__(clock=clock)
@@ -150,6 +152,10 @@ class ServerStore(Store):
     def last_seq(self) -> int:
         """The number of the newest event, 0 if there is none."""
         raise NotImplementedError
+
+    def events_of(self, call: str) -> Iterator[dict[str, Any]]:
+        """The events of one call, oldest first."""
+        return (event for event in self.events() if event["call"] == call)
 
     @property
     def address(self) -> str:

@@ -208,6 +208,7 @@ class _Forget(NamedTuple):
 class DocumentStore(ServerStore):
     """A store on a server that inserts a document if it is absent and replaces it if it is unchanged."""
 
+    logs_by_call = True
     #: bytes that the runs of a call may take in its document
     room: ClassVar[int]
     #: microseconds between two times that an answer of the server can carry

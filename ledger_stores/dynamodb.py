@@ -86,6 +86,11 @@ class DynamoStore(DocumentStore):
         super()._begin()
         self._client: Any = None
 
+    @property
+    def address(self) -> str:
+        """Where it is, for people."""
+        return f"dynamodb://{self.table}"
+
     # -- connection --
 
     def _opened(self) -> Any:

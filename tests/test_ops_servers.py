@@ -17,9 +17,11 @@ from ledger_ops.reader import NoSuchCall, Reader, open_ledger, reader_of
 from ledger_ops.rollup import Rollup
 from ledger_ops.transfer import export
 from ledger_ops.values import STATES, Event, Filter, state_of
+from tests.stores.dynamo_kit import dynamo_url
 from tests.stores.redis_kit import redis_url
 from tests.stores.servers import fresh_namespace, postgres_url
 
+KINDS = ("postgres", "redis", "dynamodb")
 HELD: list[BaseException] = []
 WANTED = [
     Filter(), Filter(tool="charge"), Filter(tool="look_up"), Filter(wf="w1"), Filter(caller="agent-1"),
@@ -73,6 +75,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Read
         "sqlite": str(tmp_path_factory.mktemp("ops") / "ledger.db"),
         "postgres": postgres_url(),
         "redis": redis_url(),
+        "dynamodb": dynamo_url(),
     }
     found: dict[str, Reader] = {}
     guards = []
@@ -103,7 +106,7 @@ def told(reader: Reader, wanted: Filter, limit: int) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("kind", ["postgres", "redis"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wanted", WANTED, ids=str)
 def test_every_list_and_sum_is_that_of_a_file(readers: dict[str, Reader], kind: str, wanted: Filter) -> None:
     """Pages of any size, counts, sums and events under a filter are what SQLite shows of the same story."""
@@ -115,7 +118,9 @@ def test_every_list_and_sum_is_that_of_a_file(readers: dict[str, Reader], kind: 
     assert file.stats(wanted) == server.stats(wanted)
     assert [r.call for r in file.stream(wanted)] == [r.call for r in server.stream(wanted)]
     assert {r.call for r in file.from_the_oldest(wanted)} == {r.call for r in server.from_the_oldest(wanted)}
-    assert shape(file.events(wanted=wanted)) == shape(server.events(wanted=wanted))
+    assert (shape(file.events(wanted=wanted)) if server.has_log else []) == shape(
+        server.events(wanted=wanted)
+    )
     for limit in (3, 1000):
         assert server.last_events(limit, wanted) == server.look_back(limit, wanted).events
         assert server.events(wanted=wanted)[-limit:] == server.last_events(limit, wanted)
@@ -128,13 +133,14 @@ def shape(events: list[Event]) -> list[Any]:
     return [p for p in plain if p[2] != "blocked"] + sorted(p for p in plain if p[2] == "blocked")
 
 
-@pytest.mark.parametrize("kind", ["postgres", "redis"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_call_doubts_and_texts_are_those_of_a_file(readers: dict[str, Reader], kind: str) -> None:
     """A call by its beginning with its verdict, doubts by pages, the brief, an export and a roll-up."""
     file, server = readers["sqlite"], readers[kind]
     for record in file.stream():
         ours, theirs = file.call(record.call[:16]), server.call(record.call[:16])
-        assert shape(ours.events) == shape(theirs.events)
+        counted = [] if server.has_log else ["blocked", "ran"]  # else they are numbers, and no events
+        assert [e for e in shape(ours.events) if e[2] not in counted] == shape(theirs.events)
         assert ours.verdict.partition(" at ")[0] == theirs.verdict.partition(" at ")[0]
         assert [(r.run, r.status, r.error) for r in ours.runs] == [
             (r.run, r.status, r.error) for r in theirs.runs
@@ -150,6 +156,8 @@ def test_one_call_doubts_and_texts_are_those_of_a_file(readers: dict[str, Reader
     assert len(brief(file)) == len(brief(server))
     lines = [json.loads(line) for line in export(server)]
     assert {r.call for r in server.stream()} == {line["call"] for line in lines if "call" in line}
+    if not server.has_log:
+        return  # nothing to roll up
     with closing(Rollup(server)) as rollup, closing(Rollup(file)) as ours_over_time:
         assert rollup.advance(10)
         assert ours_over_time.advance(10)
@@ -157,10 +165,10 @@ def test_one_call_doubts_and_texts_are_those_of_a_file(readers: dict[str, Reader
         assert {row[:5] for row in ours_over_time.workflows()} == {row[:5] for row in rollup.workflows()}
 
 
-@pytest.mark.parametrize("kind", ["postgres", "redis"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_server_is_opened_by_its_url_and_acted_on(kind: str, tmp_path: Path) -> None:
     """Clear, retry and resolve do on a server what they do on a file."""
-    url = postgres_url() if kind == "postgres" else redis_url()
+    url = {"postgres": postgres_url, "redis": redis_url, "dynamodb": dynamo_url}[kind]()
     guard = Guard(url, namespace=fresh_namespace(), quiet=True)
     guard(charge, 1)
     HELD.append(KeyboardInterrupt())
@@ -173,7 +181,8 @@ def test_a_server_is_opened_by_its_url_and_acted_on(kind: str, tmp_path: Path) -
     assert "success" == acts.resolve(store, doubt, done=True, actor="ann", result_json='"told"').status
     assert "executed" == guard.call(charge, 1).kind
     assert 2 == acts.clear(store, actor="ann")
-    assert "clear by ann" == reader_of(store).last_events(1)[0].detail
+    events = list(store.events() if reader_of(store).has_log else store.events_of(done))
+    assert "clear by ann" == events[-1]["detail"]
     assert 0 == guard.stats()["actions"]
     guard.close()
     with closing(open_ledger(url)) as opened:

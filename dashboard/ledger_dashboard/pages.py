@@ -143,7 +143,7 @@ async def _answer(request: Request, view: str, opened: Opened, gather: Any, **va
         visitor = visitor_of(request) or secrets.token_urlsafe(18)
         html = render(
             f"_{view}.html" if is_patch else f"{view}.html", active=view, seq=seq, doubts=doubts,
-            **_frame(request, visitor), **values, **gathered,
+            has_log=opened.reader.has_log, **_frame(request, visitor), **values, **gathered,
         )  # fmt: skip
         answer = HTMLResponse(html, headers={"Vary": "HX-Request", "X-Ledger-Doubts": str(doubts)})
         if visitor != visitor_of(request):
