@@ -7,7 +7,7 @@ them can claim one call.  Let all callers use one region.
 
 Each operation is one conditional write of one item; who loses gets the item that stands there in the
 same answer (`ReturnValuesOnConditionCheckFailure`).  Reads are consistent.  Lists go by two indexes that
-are written once for each call, and that may be a moment behind.
+are written once for each call, and that may be a moment behind what another process made.
 
 *There is no server clock in a condition.*  The time is taken from the `Date` of the answers, which are
 Amazon's and whole seconds, and counted on from there: a lease may be judged up to a second too late, and
@@ -27,6 +27,7 @@ import heapq
 import re
 import time
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from email.utils import parsedate_to_datetime
 from itertools import islice
@@ -45,6 +46,8 @@ _SHARDS = 8
 #: bytes of a long text in one item, and how many items go into one request
 _PART, _BATCH = 350_000, 25
 _CONNECT_SECONDS, _TABLE_SECONDS = 5.0, 60.0
+#: how far an index may be behind what this process wrote itself
+_BEHIND_MICROS = 5_000_000
 _KEYS = [{"AttributeName": "id", "KeyType": "HASH"}]
 _INDEXES = {"in_order": "shard", "by_workflow": "scope"}
 #: code of an error → what to do
@@ -85,6 +88,7 @@ class DynamoStore(DocumentStore):
     def _begin(self) -> None:
         super()._begin()
         self._client: Any = None
+        self._fresh: deque[tuple[int, str, str]] = deque(maxlen=1000)
 
     @property
     def address(self) -> str:
@@ -245,7 +249,11 @@ class DynamoStore(DocumentStore):
             ConditionExpression="attribute_not_exists(id)",
             ReturnValuesOnConditionCheckFailure="ALL_OLD",
         )
-        return _fields_of(answer["Item"]) if "Failed" in answer else fields
+        if "Failed" in answer:
+            return _fields_of(answer["Item"])
+        if "first" in fields:
+            self._fresh.append((boot_micros(), name, scope))
+        return fields
 
     def _swap(self, name: str, version: str, fields: Fields) -> Fields | None:
         # it is as it was read: no other claim, end, release or reset was written since
@@ -292,6 +300,19 @@ class DynamoStore(DocumentStore):
                 pass
 
     def _listed(self, kind: str, scope: str | None) -> Iterator[str]:
+        """By an index that may be a moment behind, then what this process made in that moment."""
+        fresh = [
+            name
+            for at, name, within in [*self._fresh]
+            if name.startswith(f"{kind}:") and scope in (None, within) and boot_micros() - at < _BEHIND_MICROS
+        ]
+        for name in self._indexed(kind, scope):
+            if name in fresh:
+                fresh.remove(name)
+            yield name
+        yield from fresh
+
+    def _indexed(self, kind: str, scope: str | None) -> Iterator[str]:
         if scope is not None:
             return (name for _, name in self._query("by_workflow", "scope", self._list(kind, scope)))
         shards = (self._query("in_order", "shard", self._list(kind, str(n))) for n in range(_SHARDS))
