@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import multiprocessing
 import os
@@ -243,6 +244,31 @@ def test_forty_threads_succeed_twice_under_max_two(store: DynamoStore) -> None:
 
     assert 2 == kinds.count("granted")
     assert ["success", "success"] == [run.status for run in store.rows("c")]
+
+
+def test_tasks_that_wait_get_the_first_ones_result(store: DynamoStore) -> None:
+    """One task runs the tool; the others are woken by one poller, and the loop goes on meanwhile."""
+    guard = Guard(store=store, quiet=True)
+    runs: list[int] = []
+
+    @guard.once(replay=True, wait=30)
+    async def charge(order: int) -> int:
+        runs.append(order)
+        await asyncio.sleep(0.3)
+        return order
+
+    async def main() -> tuple[list[int], int]:
+        ticks = 0
+        asked = asyncio.gather(*(charge(7) for _ in range(10)))
+        while not asked.done():
+            await asyncio.sleep(0.005)
+            ticks += 1
+        return await asked, ticks
+
+    answers, ticks = asyncio.run(main())
+
+    assert ([7], [7] * 10) == (runs, answers)
+    assert ticks > 10
 
 
 def test_a_forked_child_has_connections_of_its_own(store: DynamoStore) -> None:
