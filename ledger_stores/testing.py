@@ -159,6 +159,8 @@ class StoreConformance:
     keeps_events = True
     #: callers in other processes reach the same calls through `again`
     is_shared = False
+    #: one database holds several ledgers, which `beside` opens
+    has_namespaces = False
     #: a reset of several calls is one step: a live run among them keeps all
     resets_at_once = True
 
@@ -171,6 +173,10 @@ class StoreConformance:
     def again(self, store: Store) -> Store:
         """The same calls through another handle, as another process has it."""
         raise NotImplementedError(f"{type(self).__name__} is_shared and must say how: again(store)")
+
+    def beside(self, store: Store) -> Store:
+        """An empty ledger of another namespace in the same database."""
+        raise NotImplementedError(f"{type(self).__name__} has_namespaces and must say how: beside(store)")
 
     def advance(self, store: Store, clock: FakeClock, seconds: float) -> None:
         """Let time pass for whoever decides leases."""
@@ -427,6 +433,32 @@ class StoreConformance:
         store.reset("w", store.clock.wall())
 
         assert (store.rows("c"), len(store.rows("d"))) == ([], 1)
+
+    def test_a_workflow_is_an_action_of_its_own(self, store: Store) -> None:
+        """The same tool with the same arguments runs once in each workflow."""
+        guard = Guard(store=store, quiet=True)
+        runs: list[int] = []
+
+        def tool(number: int) -> None:
+            runs.append(number)
+
+        for wf in ("w1", "w2", "w1"):
+            with guard.workflow(wf):
+                guard(tool, 7)
+
+        assert [7, 7] == runs
+
+    def test_namespaces_do_not_meet(self, store: Store) -> None:
+        """What is done in one is unknown in the other, and a reset of one leaves the other as it is."""
+        if not self.has_namespaces:
+            return
+        other = self.beside(store)
+        store.transact(settle(granted(store)))
+
+        assert 1 == granted(other).run
+        store.reset(None, store.clock.wall())
+        assert (0, 1) == (len(list(store.calls())), len(list(other.calls())))
+        other.close()
 
     # ── lost replies ──────────────────────────────────────────────────────────────────
 

@@ -44,11 +44,17 @@ class TestRedis(StoreConformance):
     """A real Redis; its clock is put where the test can set it."""
 
     is_shared = True
+    has_namespaces = True
 
     def make(self, folder: Path, clock: Clock) -> Store:  # noqa: ARG002 - it needs no place
         from tests.stores.redis_kit import open_redis
 
         return open_redis(clock)
+
+    def beside(self, store: Store) -> Store:
+        from tests.stores.redis_kit import open_redis
+
+        return open_redis(store.clock)
 
     def again(self, store: Store) -> Store:
         from tests.stores.redis_kit import ClockedRedis
@@ -61,6 +67,7 @@ class TestPostgres(StoreConformance):
     """A real PostgreSQL; its clock is put where the test can set it."""
 
     is_shared = True
+    has_namespaces = True
 
     def make(self, folder: Path, clock: Clock) -> Store:  # noqa: ARG002 - it needs no place
         import psycopg
@@ -77,6 +84,9 @@ class TestPostgres(StoreConformance):
             )
             db.execute(f"INSERT INTO {namespace}.meta VALUES ('now', %s)", (str(clock.wall()),))
         return store
+
+    def beside(self, store: Store) -> Store:
+        return self.make(Path(), store.clock)
 
     def again(self, store: Store) -> Store:
         from ledger_stores.postgres import PostgresStore
@@ -101,6 +111,7 @@ class TestDynamo(StoreConformance):
     """moto's server behind real boto3; its time is put where the test can set it."""
 
     is_shared = True
+    has_namespaces = True
     keeps_events = False
     resets_at_once = False
 
@@ -108,6 +119,11 @@ class TestDynamo(StoreConformance):
         from tests.stores.dynamo_kit import open_dynamo
 
         return open_dynamo(clock)
+
+    def beside(self, store: Store) -> Store:
+        from tests.stores.dynamo_kit import open_dynamo
+
+        return open_dynamo(store.clock)
 
     def again(self, store: Store) -> Store:
         from tests.stores.dynamo_kit import ClockedDynamo
