@@ -17,8 +17,8 @@ from ledger_ops.values import printable
         "ledger move ledger.db postgresql://app@db.example/app --cancel",
     ),
     json_form=(
-        "{state: moved, late ends carried, nothing new or cancelled; calls in the target; late_ends carried "
-        "now; source, target}."
+        "{state, calls in the target, late_ends carried now, source, target}; state: moved, late ends "
+        "carried, nothing new or cancelled."
     ),
     codes="1: also if it is not complete; the same command goes on.",
 )
@@ -39,10 +39,10 @@ def move_command(
     cancel: bool,
     json: bool,
 ) -> None:
-    """Move a ledger to another store while callers may still be running.
+    """Move a ledger to another store.
 
-    FROM and TO are paths or URLs; TO must be empty. Every call goes along whole, with its runs, results and
-    events, so a call that was made before is a duplicate afterwards too.
+    FROM and TO are paths or URLs; TO must be empty. Callers may still be running. Every call goes along
+    whole, with its runs, results and events, so what was done before is a duplicate afterwards too.
 
     There is no window in which a call can run on both sides. TO is closed from the first step on: it refuses
     every run. FROM works on while it is copied. Then it is sealed: by a barrier of its own database, in one

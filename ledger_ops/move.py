@@ -25,7 +25,7 @@ from ledger_ops.acts import owners_of
 from ledger_ops.reader import AnyStore, NoLedger, open_store, path_of, url_of
 from ledger_ops.values import Progress
 from ledger_stores.base import ServerStore
-from ledger_stores.move import SEALED, SHUT, Entry, Mark, Side, Whole, refuse_full, side_of
+from ledger_stores.move import SEALED, SHUT, Entry, Mark, Side, Whole, must_step, refuse_full, side_of
 
 #: how many events are carried in one step, and how many calls are copied in one at most
 _EVENTS, _MOST_CALLS = 500, 200
@@ -240,25 +240,27 @@ class Move:
         if self.there.place is not None:
             self.steps.total = sum(sums["actions"] for sums in self.source.store.totals().values())
         while self.there.place is not None:
-            page = self.source.names(self.there.place, self.batch)
-            wholes = self.source.fetch([call for _, call in page])
-            self._write(wholes, place=page[-1][0] if page else None)
-            self._adapt(wholes)
-            self.steps.step(len(page))
+            page = self.source.names(self.there.place, _MOST_CALLS)
+            is_last = len(page) < _MOST_CALLS  # what comes after them has events, and is not run after here
+            while page:
+                part, page = page[: self.batch], page[self.batch :]
+                self._copy([call for _, call in part], place=part[-1][0])
+                self.steps.step(len(part))
+            if is_last:
+                self._write(place=None)
 
-    def _copy(self, calls: Sequence[str]) -> None:
-        """These calls once more, as they are now."""
+    def _copy(self, calls: Sequence[str], **changes: Any) -> None:
+        """These calls as they are now, in one step; the next takes as many as memory is meant to hold."""
+        wholes = self.source.fetch(calls)
+        self._write(wholes, **changes)
+        mean = sum(whole.size for whole in wholes) // len(wholes) + 1
+        self.batch = max(1, min(_BYTES // mean, 2 * self.batch, _MOST_CALLS))
+
+    def _copy_again(self, calls: Sequence[str]) -> None:
+        """Calls that were changed since they were copied."""
         while calls:
-            wholes = self.source.fetch(calls[: self.batch])
-            calls = calls[self.batch :]
-            self._write(wholes)
-            self._adapt(wholes)
-
-    def _adapt(self, wholes: Sequence[Whole]) -> None:
-        """Take as many calls at a time as memory is meant to hold."""
-        if wholes:
-            mean = sum(whole.size for whole in wholes) // len(wholes) + 1
-            self.batch = max(1, min(_BYTES // mean, 2 * self.batch, _MOST_CALLS))
+            part, calls = calls[: self.batch], calls[self.batch :]
+            self._copy(part)
 
     def _follow(self, upto: int) -> None:
         """Carry the events up to that one, and copy again the calls that they tell of."""
@@ -269,14 +271,14 @@ class Move:
             younger = [entry for entry in entries if entry.seq > self.there.since]
             for scope in {entry.wf for entry in younger if entry.call is None and entry.kind == "reset"}:
                 self._sweep(scope)
-            self._copy(list(dict.fromkeys(entry.call for entry in younger if entry.call)))
+            self._copy_again(list(dict.fromkeys(entry.call for entry in younger if entry.call)))
             self._write(entries=entries, events=entries[-1].seq)
 
     def _sweep(self, wf: str | None) -> None:
         """Look again at all that was received of a workflow (None: at all): a reset names no calls."""
         place = ""
         while page := self.target.names(place, _MOST_CALLS, wf):
-            self._copy([call for _, call in page])
+            self._copy_again([call for _, call in page])
             place = page[-1][0]
 
     # -- behind the seal --
@@ -287,7 +289,7 @@ class Move:
             self._wait_for_runs()
             before = self.source.store.totals()
             self._follow_to_the_end()
-            self._copy(self.source.open_calls())  # a renewal leaves no event
+            self._copy_again(self.source.open_calls())  # a renewal leaves no event
             wrong = _differences(before, self.target.store.totals(), self.source.store.totals())
             if not wrong and not _alive(self.source):
                 return
@@ -309,6 +311,7 @@ class Move:
             if named != told:
                 self.tell(f"waiting for {len(alive)} that still run in {self.source.address}: {named}")
             told = named
+            must_step(self.target.mark(), self.there, self.there, self.target.address)  # it was not cancelled
             self._follow(self.source.last_certain())
             time.sleep(_PAUSE)
 

@@ -19,7 +19,7 @@ import ledger
 from ledger import Run, SqliteStore, StoreError, UsageError
 from ledger_ops.reader import NoLedger, open_store
 from ledger_ops.values import Gap, Progress, add, decode, iso
-from ledger_stores.move_sqlite import refuse_moving
+from ledger_stores.move_sqlite import SqliteSide, forget_leaving, refuse_moving
 
 _BATCH = 500
 #: what a run says that is not needed to know that it succeeded
@@ -276,6 +276,9 @@ def _sync(path: Path) -> None:
 def examine(path: str) -> BackupInfo:
     """Check a backup, all of it; raises `NoLedger` or `StoreError` if it cannot be restored from."""
     with closing(open_store(path)) as store:
+        mark = SqliteSide(store).mark()
+        if mark is not None and mark.refusal:
+            raise StoreError(f"{store.path} was closed for a move when it was made: {mark.refusal}")
         if (found := store.browse("PRAGMA integrity_check(1)")[0][0]) != "ok":
             raise StoreError(f"{store.path} is damaged ({found}); take another backup")
         calls = store.browse(
@@ -378,6 +381,7 @@ def _note_gap(
     db: sqlite3.Connection, gap: Gap, actor: str, last: int, more: Sequence[Sequence[int]] = ()
 ) -> None:
     """Write down what is unknown; its event has a number beyond all that were ever given."""
+    forget_leaving(db)
     gaps = sorted({(g[0], g[1]) for g in [*_gaps(db, "main"), *more, (gap.since, gap.until)]})
     db.execute("INSERT OR REPLACE INTO main.meta VALUES ('gaps', ?)", (json.dumps(gaps),))
     db.execute(

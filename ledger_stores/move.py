@@ -139,8 +139,8 @@ class Side:
     def names(self, after: str, limit: int, wf: str | None = None) -> list[tuple[str, str]]:
         """(place, call) of calls after that place ("": from the first), oldest first, those with tallies last.
 
-        Every call that is there from the first page to the last is named at least once, however much
-        is written meanwhile. `wf` names only those of one workflow.
+        Fewer than `limit` are the last ones. Every call that is there from the first page to the last is
+        named at least once, however much is written meanwhile. `wf` names only those of one workflow.
         """
         raise NotImplementedError
 

@@ -61,16 +61,18 @@ class RedisSide(Side):
 
     def names(self, after: str, limit: int, wf: str | None = None) -> list[tuple[str, str]]:
         """(place, call) of calls after that place, by the event of their first claim; then those with tallies."""
-        place = after[1:] or "0"
+        place, named = after[1:] or "0", list[tuple[str, str]]()
         for kind, index in (("r", "calls"), ("t", "tallies")):
             if after[:1] == "t" and kind == "r":
                 continue
             key = f"{self.store._prefix}{index}" + ("" if wf is None else f":{wf}")
-            page = ("ZRANGEBYSCORE", key, f"({place}", "+inf", "WITHSCORES", "LIMIT", 0, limit)
-            if found := self.store._look(page)[0]:
-                return [(f"{kind}{_text(score)}", _text(call)) for call, score in _pairs(found)]
+            page = ("ZRANGEBYSCORE", key, f"({place}", "+inf", "WITHSCORES", "LIMIT", 0, limit - len(named))
+            found = _pairs(self.store._look(page)[0])
+            named += [(f"{kind}{_text(score)}", _text(call)) for call, score in found]
+            if len(named) == limit:
+                break
             place = "0"
-        return []
+        return named
 
     def fetch(self, calls: Sequence[str]) -> list[Whole]:
         """Each of these calls as it is now, its rows in one view."""

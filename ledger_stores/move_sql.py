@@ -30,17 +30,18 @@ class SqlSide(Side):
     def names(self, after: str, limit: int, wf: str | None = None) -> list[tuple[str, str]]:
         """(place, call) of calls after that place, by the row of their first run; then those with tallies."""
         scope, of = ((), "") if wf is None else ((wf,), " AND wf = ?")
+        found: list[tuple[str, str]] = []
         if after[:1] != "t":
             # a call stands where its first run stands
             sql = (
                 f"SELECT id, call FROM runs AS r WHERE id > ?{of} AND NOT EXISTS (SELECT 1 FROM runs AS e WHERE"
                 " e.call = r.call AND e.run < r.run) ORDER BY id LIMIT ?"
             )
-            if found := self._browse(sql, (int(after[1:] or 0), *scope, limit)):
-                return [(f"r{place}", call) for place, call in found]
-            after = "t"
+            rows = self._browse(sql, (int(after[1:] or 0), *scope, limit))
+            found, after = [(f"r{place}", call) for place, call in rows], "t"
         sql = f"SELECT call FROM tallies WHERE call > ?{of} ORDER BY call LIMIT ?"
-        return [(f"t{call}", call) for (call,) in self._browse(sql, (after[1:], *scope, limit))]
+        tallies = self._browse(sql, (after[1:], *scope, limit - len(found)))
+        return found + [(f"t{call}", call) for (call,) in tallies]
 
     def fetch(self, calls: Sequence[str]) -> list[Whole]:
         """Each of these calls as it is now, its rows in one view."""

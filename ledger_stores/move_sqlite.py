@@ -74,6 +74,7 @@ class SqliteSide(SqlSide):
         if was is None and now.role == "receiving" and not _is_empty(db):
             raise refuse_full(self.address)
         db.execute("DELETE FROM meta WHERE name = 'closed'")  # for us, until we commit
+        self.store._roll_forward(db)  # what a source has recorded of its own
         for whole in calls:
             self._replace(db, whole)
         for entry in entries:
@@ -176,6 +177,13 @@ def count_in(db: sqlite3.Connection, calls: Iterable[Sequence[Run]]) -> None:
         )
     newest = "(SELECT COALESCE(MAX(seq), 0) FROM events)"
     db.execute(f"UPDATE meta SET value = {newest} WHERE name = 'rolled'")
+
+
+def forget_leaving(db: sqlite3.Connection) -> None:
+    """Of a copy: it is not what was being moved when it was made."""
+    mark = _mark_in(db)
+    if mark is not None and mark.role == "leaving":
+        db.execute("DELETE FROM meta WHERE name = 'move'")
 
 
 def refuse_moving(db: sqlite3.Connection, address: str) -> None:
