@@ -141,6 +141,8 @@ class Move:
             self._mark_source("sealed")
             self.tell(f"sealed: no run begins in {self.source.address} any more")
         self._catch_up()
+        # a server that came back without its last second may have come back without the seal
+        must_step(self.source.mark(), self.here, self.here, self.source.address)
         self._write(role="arrived")
         self._mark_source("moved")
         return Moved("moved", self._calls())
@@ -150,7 +152,8 @@ class Move:
         here, there = self.source.mark(), self.target.mark()
         ours = here is not None and there is not None and here.id == there.id
         if here is None or here.role not in ("leaving", *SEALED):
-            raise UsageError(f"{self.source.address} is not being moved; there is nothing to cancel")
+            self._cancel_before_it_began(there)
+            return Moved("cancelled")
         if here.role == "moved" or (ours and there is not None and there.role == "arrived"):
             raise UsageError(
                 f"{self.source.address} was moved to {here.peer}, where runs begin now; nothing was changed. To go "
@@ -159,12 +162,21 @@ class Move:
         if not ours and (here.peer != self.target.address or not self.target.is_empty()):
             raise _elsewhere(self.source, here)
         if ours and there is not None and there.role != "cancelled":
-            # first: from here on a mover that is still at work can write nothing
-            taken = replace(there, mover=self.me)
-            self.target.step(there, taken)
-            self.target.erase(taken, replace(taken, role="cancelled", place="", since=0, events=0))
+            self._erase(there)  # first: from here on a mover that is still at work can write nothing
         self.source.unmark(here)
         return Moved("cancelled")
+
+    def _cancel_before_it_began(self, there: Mark | None) -> None:
+        """A mover that was cut off between its two first marks left the target closed, and the source as it was."""
+        if there is None or there.role != "receiving" or there.peer != self.source.address:
+            raise UsageError(f"{self.source.address} is not being moved; there is nothing to cancel")
+        self._erase(there)
+
+    def _erase(self, there: Mark) -> None:
+        """Stop whoever writes to the target, and take away what it received."""
+        taken = replace(there, mover=self.me)
+        self.target.step(there, taken)
+        self.target.erase(taken, replace(taken, role="cancelled", place="", since=0, events=0))
 
     # -- marks --
 

@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from ledger import Guard, SqliteStore, StoreError
@@ -178,9 +179,15 @@ while len(guards) > 1:
 """
 
 
+@pytest.mark.parametrize("killed", [False, True], ids=["whole", "killed"])
 @pytest.mark.parametrize("pair", RING, ids="-".join)
-def test_callers_who_change_sides_run_each_call_once(pair: tuple[str, str], tmp_path: Path) -> None:
-    """Four processes hammer 240 keys, are refused at the source and go to the target: one effect each."""
+def test_callers_who_change_sides_run_each_call_once(
+    pair: tuple[str, str], killed: bool, tmp_path: Path
+) -> None:
+    """Four processes hammer 240 keys, are refused at the source and go to the target: one effect each.
+
+    Also when the mover is killed again and again.
+    """
     source, target = places(pair, tmp_path)
     with stage(tmp_path) as here:
         crowd = [start(here, HAMMER, source, target, number) for number in range(4)]
@@ -188,10 +195,14 @@ def test_callers_who_change_sides_run_each_call_once(pair: tuple[str, str], tmp_
         for actor in crowd:
             actor.tell("go")
         eventually(lambda: len(here.effects()) > 60)
+        for pause in (0.3, 0.4, 0.5) if killed else ():
+            with begin_move(source, target) as mover:
+                time.sleep(pause)
+                mover.process.kill()
 
         done = move(source, target)
 
-        assert (0, True) == (done.code, done.out.startswith("moved ")), done.err
+        assert 0 == done.code, done.err
         for actor in crowd:
             assert "moved" == actor.line()
             actor.ends_well()
@@ -200,6 +211,61 @@ def test_callers_who_change_sides_run_each_call_once(pair: tuple[str, str], tmp_
         assert {str(number) for number in range(240)} <= counts.keys()
         at_the_end = move(source, target, "--json").json
         assert ("nothing new", len(counts)) == (at_the_end["state"], at_the_end["calls"])
+
+
+def test_what_left_no_event_is_found_in_the_end(tmp_path: Path) -> None:
+    """Calls that somebody deleted behind the move's back are missed in the sums: all is copied again."""
+    source, target = places(("sqlite", "redis"), tmp_path)
+    at(source, tell_a_story)
+    store = SqliteStore(source.url)
+
+    def prune_behind_its_back(_: Progress) -> None:
+        work = "released = 0 AND status = 'success'"
+        store.submit(lambda db: store._forget(db, work, {}), durable=False)
+        store.submit(lambda db: db.execute("DELETE FROM tallies"), durable=False)
+
+    with sides(source, target) as (here, there):
+        found = Move(here, there, progress=Progress(tell=prune_behind_its_back)).run()
+        assert held(here) == held(there)
+    store.close()
+    assert 0 < found.calls < 11
+
+
+def test_a_move_waits_for_what_postgres_hides(tmp_path: Path) -> None:
+    """Beside an old transaction the newest events are not certain yet: they are waited for."""
+    source, target = places(("postgres", "sqlite"), tmp_path)
+    at(source, lambda guard: guard(charge, 1))
+    with psycopg.connect(source.url) as old:
+        old.execute("SELECT pg_current_xact_id()")
+        at(source, lambda guard: guard(charge, 2))
+        with begin_move(source, target) as mover:
+            assert mover.process.stderr is not None
+            told = [mover.process.stderr.readline() for _ in range(2)]
+            assert "waiting for older transactions in the database" in told[1]
+            old.commit()
+            done = mover.ends()
+
+    assert 0 == done.code
+    with sides(source, target) as (here, there):
+        assert held(here) == held(there)
+
+
+def test_a_killed_owner_is_not_waited_for(tmp_path: Path) -> None:
+    """On its own machine it is proved dead, at the target too: the call runs again there at once."""
+    source, target = places(("sqlite", "sqlite"), tmp_path)
+    with stage(tmp_path) as here:
+        holder = start(here, HOLDER, source, target, 1000)
+        assert "inside" == holder.line()
+        holder.kill()
+        assert "moved" == move(source, target, "--json").json["state"]
+        with sides(source, target) as (_, there):
+            [doubt] = reader_of(there.store).doubts()
+        assert f"pid {holder.pid} on " in doubt.holder
+        again = start(here, HOLDER, target, source, 1000)
+        assert "inside" == again.line()
+        again.tell("done")
+        assert "done" == again.line()
+        again.ends_well()
 
 
 def test_claims_are_refused_at_their_times(tmp_path: Path) -> None:
@@ -496,6 +562,24 @@ def test_a_cancelling_that_was_cut_off_can_be_repeated(when: str, tmp_path: Path
         found = moved(source, target)
 
         assert ("moved", 11) == (found.state, found.calls)
+
+
+def test_a_move_that_never_began_can_be_cancelled(tmp_path: Path) -> None:
+    """Cut off between its two first marks it left the target closed: --cancel takes that back too."""
+    for again in ("cancel", "run"):
+        source, target = places(("sqlite", "redis"), tmp_path)
+        at(source, tell_a_story)
+        with stage(tmp_path / again) as here:
+            assert -signal.SIGKILL == start(here, MOVER, source, target, 1, "after").ends()
+        assert takes(source, 70)
+        assert not takes(target, 70)
+
+        if again == "cancel":
+            assert "cancelled" == move(source, target, "--cancel", "--json").json["state"]
+            assert not takes(target, 71)
+            assert 1 == move(source, target, "--cancel").code
+
+        assert 12 == moved(source, target).calls
 
 
 def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None:
