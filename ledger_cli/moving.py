@@ -29,6 +29,9 @@ from ledger_ops.values import printable
 @click.option(
     "--cancel", is_flag=True, help="Undo a move that is not complete: unseal FROM, empty TO of what came."
 )
+@click.option(
+    "--target-is-lost", is_flag=True, help="With --cancel: what FROM went to is gone and was never opened."
+)
 @as_json
 def move_command(
     *,
@@ -37,6 +40,7 @@ def move_command(
     from_namespace: str | None,
     to_namespace: str | None,
     cancel: bool,
+    target_is_lost: bool,
     json: bool,
 ) -> None:
     """Move a ledger to another store.
@@ -56,13 +60,15 @@ def move_command(
     """
     from ledger_ops.move import Move, opened_sides
 
+    if target_is_lost and not cancel:
+        raise click.UsageError("--target-is-lost belongs to --cancel")
     with (
         opened_sides(source, target, source_namespace=from_namespace, target_namespace=to_namespace) as sides,
         progress("move") as steps,
     ):
         move = Move(*sides, progress=steps, tell=lambda text: note(printable(text)))
         try:
-            found = move.cancel() if cancel else move.run()
+            found = move.cancel(target_is_lost=target_is_lost) if cancel else move.run()
         except KeyboardInterrupt:
             note("interrupted: what came is kept; the same command goes on, --cancel undoes it")
             raise

@@ -147,8 +147,12 @@ class Move:
         self._mark_source("moved")
         return Moved("moved", self._calls())
 
-    def cancel(self) -> Moved:
-        """Let the source begin runs again, and take away what the target received; refused once that is open."""
+    def cancel(self, *, target_is_lost: bool = False) -> Moved:
+        """Let the source begin runs again, and take away what the target received; refused once that is open.
+
+        A target that knows nothing of the move is taken to be lost only if that is said: it may be another
+        one of the same name, and the true one open.
+        """
         here, there = self.source.mark(), self.target.mark()
         ours = here is not None and there is not None and here.id == there.id
         if here is None or here.role not in ("leaving", *SEALED):
@@ -159,7 +163,7 @@ class Move:
                 f"{self.source.address} was moved to {here.peer}, where runs begin now; nothing was changed. To go "
                 "back, move that ledger to a new place"
             )
-        if not ours and (here.peer != self.target.address or not self.target.is_empty()):
+        if not ours and not (target_is_lost and self.target.is_empty()):
             raise _elsewhere(self.source, here)
         if ours and there is not None and there.role != "cancelled":
             self._erase(there)  # first: from here on a mover that is still at work can write nothing
@@ -168,9 +172,14 @@ class Move:
 
     def _cancel_before_it_began(self, there: Mark | None) -> None:
         """A mover that was cut off between its two first marks left the target closed, and the source as it was."""
-        if there is None or there.role != "receiving" or there.peer != self.source.address:
+        if there is None or not self._is_half_begun(there):
             raise UsageError(f"{self.source.address} is not being moved; there is nothing to cancel")
         self._erase(there)
+
+    def _is_half_begun(self, there: Mark) -> bool:
+        """Whether a mover of this source closed the target and came no further."""
+        begun = there.role == "receiving" and there.peer == self.source.address
+        return begun and there.place == "" and self.target.is_empty()
 
     def _erase(self, there: Mark) -> None:
         """Stop whoever writes to the target, and take away what it received."""
@@ -203,7 +212,7 @@ class Move:
     def _begin_anew(self, here: Mark | None, there: Mark | None) -> None:
         if there is not None and there.role == "arrived":
             raise refuse_full(self.target.address)
-        if there is not None and there.role == "receiving" and there.peer != self.source.address:
+        if there is not None and there.role == "receiving" and not self._is_half_begun(there):
             raise UsageError(
                 f"{self.target.address} is receiving the calls of {there.peer}; nothing was written. End that move "
                 "with `ledger move`, or cancel it, or name another target"
@@ -221,10 +230,7 @@ class Move:
     def _receive(self, there: Mark | None, id: str) -> None:
         """Close the target, and begin at the beginning."""
         now = Mark("receiving", id, self.source.address, self.me, since=self.source.last_certain())
-        if there is not None and there.role == "receiving":  # of a mover that was cut off before it began
-            self.target.erase(there, now)
-        else:
-            self.target.step(there, now)
+        self.target.step(there, now)
         self.there = now
 
     def _take_over(self, there: Mark) -> None:
@@ -355,10 +361,12 @@ class Move:
 
 
 def _elsewhere(source: Side, here: Mark) -> UsageError:
-    done = "was moved" if here.role == "moved" else "is being moved"
+    if here.role == "moved":
+        return UsageError(f"{source.address} was moved to {here.peer}; nothing was changed. Name that one")
     return UsageError(
-        f"{source.address} {done} to {here.peer}, and not to the target that was named; nothing was changed. Name "
-        "that one" + ("" if here.role == "moved" else ", with --cancel to undo the move")
+        f"{source.address} is being moved to {here.peer}, and the target that was named knows nothing of it; nothing "
+        "was changed. Name that one, with --cancel to undo the move; if it is lost and was never opened, name an "
+        "empty one with --cancel --target-is-lost"
     )
 
 

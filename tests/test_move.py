@@ -582,6 +582,27 @@ def test_a_move_that_never_began_can_be_cancelled(tmp_path: Path) -> None:
         assert 12 == moved(source, target).calls
 
 
+def test_a_source_whose_target_is_lost_is_unsealed_on_that_word_alone(tmp_path: Path) -> None:
+    """A target that knows nothing of the move may be another one of its name: it takes more than --cancel."""
+    source, target = places(("sqlite", "sqlite"), tmp_path)
+    at(source, lambda guard: guard(charge, 1))
+    with stage(tmp_path) as here:
+        assert -signal.SIGKILL == start(here, MOVER, source, target, 6, "after").ends()
+    for part in tmp_path.glob(f"{Path(target.url).name}*"):
+        part.unlink()
+    assert not takes(source, 2)
+
+    for more in ((), ("--cancel",)):
+        done = move(source, target, *more)
+        assert (1, True) == (done.code, "--cancel --target-is-lost" in done.err)
+    assert not takes(source, 2)
+    assert 2 == move(source, target, "--target-is-lost").code
+    assert 0 == move(source, target, "--cancel", "--target-is-lost").code
+
+    assert takes(source, 2)
+    assert 0 == move(source, target).code
+
+
 def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     """One place twice, no such scheme, no source, a process's own memory, a target that holds something."""
     mine = tmp_path / "mine.db"
