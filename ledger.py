@@ -2535,9 +2535,12 @@ class SqliteStore(Store):
             return UsageError(f"{self.path}: nothing was written: a value cannot be stored ({error})")
         if not isinstance(error, sqlite3.Error):
             return error
-        code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+        whole_code = getattr(error, "sqlite_errorcode", None) or 0
+        code = whole_code & 0xFF
         meaning = _MEANING.get(code, "see the cause")
         translated = StoreError(f"{self.path}: the ledger could not be used ({error}): {meaning}")
+        if whole_code == sqlite3.SQLITE_CONSTRAINT_TRIGGER:  # a trigger of ours: it says why, and what to do
+            translated = StoreError(f"{self.path}: {error}")
         translated.full = code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
         translated.__cause__ = error
         return translated
@@ -3059,6 +3062,11 @@ class SqliteStore(Store):
 
     def _forget(self, db: sqlite3.Connection, where: str, scope: dict[str, Any]) -> None:
         """Delete rows, and take them out of the totals."""
+        self._discount(db, where, scope)
+        db.execute(f"DELETE FROM runs WHERE {where}", scope)
+
+    def _discount(self, db: sqlite3.Connection, where: str, scope: dict[str, Any]) -> None:
+        """Take rows out of the totals."""
         self._roll_forward(db)
         sums = (
             "SELECT tool, COUNT(DISTINCT call), COUNT(*), SUM(status = 'success' OR late IS 'success'),"
@@ -3070,7 +3078,6 @@ class SqliteStore(Store):
                 " blocked = blocked - ?5 WHERE tool = ?1",
                 row,
             )
-        db.execute(f"DELETE FROM runs WHERE {where}", scope)
 
     def get(self, id: str) -> Record | None:
         """`look`, by its name in the six methods."""

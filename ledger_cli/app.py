@@ -35,6 +35,7 @@ COMMANDS = {
     "prune": "keeping",
     "backup": "keeping",
     "restore": "keeping",
+    "move": "moving",
     "doctor": "keeping",
     "demo": "demo",
     "completion": "completion",

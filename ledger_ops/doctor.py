@@ -11,9 +11,10 @@ from pathlib import Path
 
 import ledger
 from ledger import LedgerError, SqliteStore
-from ledger_ops.reader import Reader, open_ledger, reader_of
+from ledger_ops.reader import AnyStore, Reader, open_ledger, reader_of
 from ledger_ops.values import Finding, clock, span
 from ledger_stores.base import ServerStore
+from ledger_stores.move import side_of
 
 _WAL_BYTES = 64 * 1024 * 1024
 _FREE_BYTES = 200 * 1024 * 1024
@@ -32,13 +33,29 @@ def doctor(url: str | None = None) -> list[Finding]:
         ]
     try:
         looked = _findings(store) if isinstance(store, SqliteStore) else _findings_of_server(store)
-        return [Finding("open", ok=True, what=store.address), *looked]
+        return [Finding("open", ok=True, what=store.address), *_moving(store), *looked]
     except LedgerError as error:
         return [
             Finding("read", ok=False, what=str(error), advice="stop what writes to it, and restore a backup")
         ]
     finally:
         store.close()
+
+
+def _moving(store: AnyStore) -> Iterator[Finding]:
+    """How it stands in a move, if that closes it or is still under way."""
+    mark = side_of(store).mark()
+    if mark is None or mark.role == "arrived":
+        return
+    if mark.role == "leaving":
+        yield Finding(
+            "move", ok=True, what=f"`ledger move` copies it to {mark.peer}; runs begin here as ever"
+        )
+        return
+    advice = "run `ledger move` again to go on, or with --cancel to undo it"
+    if mark.role == "moved":
+        advice = "point programs there; if one that ran meanwhile ends here, run `ledger move` again"
+    yield Finding("move", ok=False, what=mark.refusal, advice=advice)
 
 
 def _findings_of_server(store: ServerStore) -> Iterator[Finding]:

@@ -11,7 +11,6 @@ import re
 import secrets
 import sqlite3
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any, Literal, NamedTuple
 
@@ -19,6 +18,7 @@ import ledger
 from ledger import Record, Run, SqliteStore, UsageError
 from ledger_ops.reader import AnyStore, Reader
 from ledger_ops.values import Event, Filter, Progress, add, csv_safe, iso, printable, record_dict
+from ledger_stores.move_sqlite import count_in, insert_tally, refuse_moving
 
 FORMAT = 1
 _BATCH = 500
@@ -221,13 +221,14 @@ def _insert(
     store: SqliteStore, lines: Sequence[str], number: int, mark: str, known: set[str], db: sqlite3.Connection
 ) -> tuple[tuple[int, int, int, int], set[str]]:
     """One batch: its rows, its events, and what the rows add to the totals."""
+    refuse_moving(db, store.path)
     store._roll_forward(db)
     found = db.execute("SELECT value FROM meta WHERE name = ?", (mark,)).fetchone()
     done = found[0] if found else 0  # lines of this export that came in before
     calls = runs = events = 0
     theirs: set[str] = set()
     met: set[str] = set()  # calls that were there before this export came
-    sums: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    came: list[list[Run]] = []
     for place, line in enumerate(lines, number + 1):
         rows, tally, event = _rows_in(json.loads(line))
         if rows and _is_there(db, "runs", rows[0].call):
@@ -236,29 +237,21 @@ def _insert(
             continue
         for run in rows:
             ledger._insert_row(db, run)
-            won = "success" in (run.status, run.late)
-            add(sums[run.tool], (int(run is rows[0]), 1, int(won), run.blocked))
+        came.append(rows)
         calls, runs = calls + bool(rows), runs + len(rows)
         if tally and _is_there(db, "tallies", tally[0]):
             theirs.add(tally[0])
             met |= {tally[0]} if place > done else set()
         elif tally:
-            db.execute(f"INSERT INTO tallies VALUES ({', '.join('?' * len(tally))})", tally)
+            insert_tally(db, tally)
             calls += 1
         if event and place > done and event.call not in known and event.call not in met:
             db.execute(ledger._INSERT_EVENT, tuple(getattr(event, name) for name in Event.__slots__[1:]))
             events += 1
-    for tool, added in sums.items():
-        db.execute(
-            "INSERT INTO totals VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT (tool) DO UPDATE SET actions = actions"
-            " + ?2, claims = claims + ?3, executed = executed + ?4, blocked = blocked + ?5",
-            (tool, *added),
-        )
-    # the rows were counted here, so their events must not count again; nor do their numbers follow time
-    newest = "(SELECT COALESCE(MAX(seq), 0) FROM events)"
-    db.execute(f"UPDATE meta SET value = {newest} WHERE name = 'rolled'")
+    count_in(db, came)
     if events:
-        db.execute(f"INSERT OR REPLACE INTO meta VALUES ('imported_upto', {newest})")
+        # their numbers do not follow time
+        db.execute("INSERT OR REPLACE INTO meta SELECT 'imported_upto', MAX(seq) FROM events")
     db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (mark, max(done, number + len(lines))))
     if met:  # a repeat must know them: their events are not to come a second time
         note = (f"{mark} {number}", json.dumps(sorted(met)))

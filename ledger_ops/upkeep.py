@@ -19,6 +19,7 @@ import ledger
 from ledger import Run, SqliteStore, StoreError, UsageError
 from ledger_ops.reader import NoLedger, open_store
 from ledger_ops.values import Gap, Progress, add, decode, iso
+from ledger_stores.move_sqlite import SqliteSide, forget_leaving, refuse_moving
 
 _BATCH = 500
 #: what a run says that is not needed to know that it succeeded
@@ -76,6 +77,8 @@ def prune(
     running or in doubt is not touched.  It works in short transactions beside running guards.
     """
     store.flush()
+    if not dry_run:
+        store.submit(lambda db: refuse_moving(db, store.path), durable=False)
     free = _free_bytes(store)
     sums = [0, 0, 0]
     steps = progress or Progress()
@@ -154,6 +157,7 @@ def _prune_calls(
     db: sqlite3.Connection,
 ) -> _Cut:
     """Prune by what is there inside the transaction: a guard may have come first."""
+    refuse_moving(db, store.path)
     store._roll_forward(db)
     cut = _Cut(before, forget)
     gone: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
@@ -272,6 +276,9 @@ def _sync(path: Path) -> None:
 def examine(path: str) -> BackupInfo:
     """Check a backup, all of it; raises `NoLedger` or `StoreError` if it cannot be restored from."""
     with closing(open_store(path)) as store:
+        mark = SqliteSide(store).mark()
+        if mark is not None and mark.refusal:
+            raise StoreError(f"{store.path} was closed for a move when it was made: {mark.refusal}")
         if (found := store.browse("PRAGMA integrity_check(1)")[0][0]) != "ok":
             raise StoreError(f"{store.path} is damaged ({found}); take another backup")
         calls = store.browse(
@@ -339,6 +346,7 @@ def _replace(path: Path, kept: Path, info: BackupInfo, actor: str) -> Gap:
             db.execute("PRAGMA synchronous = FULL")
             db.execute("ATTACH ? AS old", (f"file:{quote(info.path)}?mode=ro",))
             db.execute("BEGIN IMMEDIATE")
+            refuse_moving(db, str(path))
             _copy(str(path), kept, lambda _: None)
             gap = Gap(info.made, time.time_ns() // 1000)
             _take_over(db, gap, actor)
@@ -373,6 +381,7 @@ def _note_gap(
     db: sqlite3.Connection, gap: Gap, actor: str, last: int, more: Sequence[Sequence[int]] = ()
 ) -> None:
     """Write down what is unknown; its event has a number beyond all that were ever given."""
+    forget_leaving(db)
     gaps = sorted({(g[0], g[1]) for g in [*_gaps(db, "main"), *more, (gap.since, gap.until)]})
     db.execute("INSERT OR REPLACE INTO main.meta VALUES ('gaps', ?)", (json.dumps(gaps),))
     db.execute(

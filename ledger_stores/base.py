@@ -10,11 +10,14 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 import ledger
 from ledger import Claim, Clock, Now, Op, Record, Run, Store, UsageError
+
+if TYPE_CHECKING:
+    from ledger_stores.move import Side
 
 #: how soon the one who looks for all that wait looks again, at first and in the end
 _FIRST_LOOK, _LAST_LOOK = 0.02, 1.0
@@ -177,6 +180,10 @@ class ServerStore(Store):
     def clear(self, wf: str | None = None) -> None:
         """`reset`, by its name in the six methods."""
         self.reset(wf, self.clock.wall())
+
+    def as_side(self) -> Side:
+        """This store as one side of a move."""
+        raise UsageError(f"{self.address}: a ledger cannot be moved to or from this kind of store")
 
     # -- fork --
 

@@ -16,9 +16,9 @@ import functools
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import psycopg
 import psycopg_pool
@@ -28,11 +28,17 @@ import ledger
 from ledger import Clock, Now, Op, Record, Run, StoreError, UsageError, Verdict
 from ledger_stores.base import ServerStore, verdict_from, without_password
 
+if TYPE_CHECKING:
+    from ledger_stores.move import Side
+
+T = TypeVar("T")
 _SCHEMA_VERSION = 1
 _COLUMNS = ", ".join(Run._fields)
 _EVENTS = ("seq", "call", "run", "kind", "at", "tool", "wf", "caller", "n", "detail")
 #: how long an operation is repeated after its connection was lost
 _RETRY_SECONDS = 5.0
+#: what a ledger that is closed for a move answers; the message says why
+MOVED = "LM001"
 
 
 class PostgresStore(ServerStore):
@@ -145,6 +151,8 @@ class PostgresStore(ServerStore):
 
     def _translated(self, error: Exception) -> StoreError:
         where = without_password(self.url)
+        if isinstance(error, psycopg.Error) and error.sqlstate == MOVED:
+            return StoreError(f"{where}: {error.diag.message_primary}")
         if isinstance(error, psycopg_pool.PoolTimeout):
             advice = f"no connection within {self.lock_seconds:g} s; see that the server answers"
         elif isinstance(error, psycopg.OperationalError):
@@ -156,17 +164,17 @@ class PostgresStore(ServerStore):
         return told
 
     def _ask(self, sql: str, values: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
-        """All rows of one statement: one round trip, in a transaction of its own.
-
-        A connection that broke is replaced and the statement sent again: whatever is asked here
-        may be asked twice.
-        """
+        """All rows of one statement: one round trip, in a transaction of its own."""
         text = sql.replace(":ns", self.namespace)
+        return self._insist(lambda db: db.execute(text, values).fetchall())
+
+    def _insist(self, perform: Callable[[psycopg.Connection[Any]], T]) -> T:
+        """Do it on a connection; if that breaks, again on another: what is asked here may be asked twice."""
         limit = time.monotonic() + _RETRY_SECONDS
         while True:
             try:
                 with self._opened().connection() as db:
-                    return db.execute(text, values).fetchall()
+                    return perform(db)
             except (psycopg.OperationalError, psycopg.InterfaceError) as error:
                 broken = not isinstance(error, psycopg_pool.PoolTimeout) and _is_broken(error)
                 if not broken or time.monotonic() > limit:
@@ -358,6 +366,12 @@ class PostgresStore(ServerStore):
         )
         return {"store": without_password(self.url), "ok": True, "schema": _SCHEMA_VERSION, "sync": self.sync}
 
+    def as_side(self) -> Side:
+        """This store as one side of a move."""
+        from ledger_stores.move_postgres import PostgresSide
+
+        return PostgresSide(self)
+
     def close(self) -> None:
         """Finish what is pending and close the connections; they open again when the store is used again."""
         super().close()
@@ -383,7 +397,7 @@ def _in_our_words(sql: str) -> str:
     text = re.sub(r"INDEXED BY \w+", "", sql.replace("%", "%%"))
     text = re.sub(r"(?<![:\w]):([a-z_]+)", r"%(\1)s", text).replace("?", "%s").replace(" LIKE ", " ILIKE ")
     # events that are certain: none that commits later has a smaller number
-    return re.sub(r"\b(FROM|JOIN) (runs|events|tallies|meta)\b", _qualified, text)
+    return re.sub(r"\b(FROM|JOIN) (runs|events|tallies|meta|processes)\b", _qualified, text)
 
 
 def _qualified(found: re.Match[str]) -> str:

@@ -10,11 +10,13 @@
 --
 -- Keys, each after the prefix {ns}:
 --
---   meta              hash: schema, id (random, made with the ledger), seq (newest event), checked
+--   meta              hash: schema, id (random, made with the ledger), seq (newest event), checked; of a move:
+--                       move (how the ledger stands in it), closed ("all" or "new", a space, and what who is
+--                       refused is told), placed (calls that came by it)
 --   call:<call>       hash, all that is known of one call:
 --                       head              "latest first won counted": the number of its newest run (1 to
---                                         latest are all there); the number of the event of its first claim, its
---                                         place in the lists; the newest run that had its effect (success or
+--                                         latest are all there, but for what was pruned before a move); the
+--                                         number of the event of its first claim, its place in the lists; the newest run that had its effect (success or
 --                                         late success); "run:time …" of the successes that are not released
 --                       owner:<token>     the run of that claim, where it is not the newest
 --                       <run>:row         JSON object of strings: tool wf caller owner started lease
@@ -41,8 +43,19 @@ local operation, meta = ARGV[1], KEYS[1]
 local prefix = string.sub(meta, 1, -5)
 
 -- a server that came back empty must not look like a ledger in which nothing was ever done
-if operation ~= 'open' and redis.call('HGET', meta, 'id') ~= ARGV[2] then
+local id, closed = unpack(redis.call('HMGET', meta, 'id', 'closed'))
+if operation ~= 'open' and id ~= ARGV[2] then
   return 'replaced'
+end
+
+-- a ledger that is closed for a move: what it refuses is decided where a run would start, or before a change
+local function refused()
+  return {'closed', string.sub(closed, 5)}
+end
+
+if closed and string.sub(closed, 1, 3) == 'all'
+    and string.find(' claim settle renew count release resolve reset reset_scope ', ' ' .. operation .. ' ', 1, true) then
+  return refused()
 end
 
 -- ── looking at one call ───────────────────────────────────────────────────────────────
@@ -348,6 +361,7 @@ local function claim(name, token, tool, wf, caller, max, ttl, lease, on_doubt, f
     local kind, run = refusal(last, max, ttl, on_doubt, answered, given_as('matched', given))
     if kind then return told(kind, run) end
   end
+  if closed then return refused() end
   local run, anchor = latest + 1, won + 1
   local row = {tool = tool, wf = wf, caller = caller, owner = token, started = as_text(now), lease = lease,
     status = 'running', forced = forced == '1' and '1' or nil}
@@ -484,6 +498,8 @@ local function seen(name, run, owner)
   return last
 end
 
+if closed and (operation == 'release' or operation == 'resolve' or operation == 'reset') then return refused() end
+
 local function release(name, token, seen_run, seen_owner, max, ttl, why)
   local last, refused = seen(name, seen_run, seen_owner)
   if not last then return refused end
@@ -531,12 +547,14 @@ local function forget()
   redis.call('ZREM', prefix .. 'calls', call)
   for run = 1, latest do
     local row = read(run)
-    wf = wf or row.wf
-    add('claims', row.tool, -1)
-    add('executed', row.tool, had_effect(row) and -1 or 0)
-    add('blocked', row.tool, 0 - (redis.call('HGET', key, run .. ':blocked') or 0))
-    if run == 1 then add('actions', row.tool, -1) end
-    if run == latest and end_of(row) then redis.call('ZREM', end_of(row), call) end
+    if row then
+      add('claims', row.tool, -1)
+      add('executed', row.tool, had_effect(row) and -1 or 0)
+      add('blocked', row.tool, 0 - (redis.call('HGET', key, run .. ':blocked') or 0))
+      if not wf then add('actions', row.tool, -1) end
+      if run == latest and end_of(row) then redis.call('ZREM', end_of(row), call) end
+      wf = row.wf
+    end
   end
   redis.call('ZREM', prefix .. 'calls:' .. wf, call)
   redis.call('UNLINK', key)
@@ -607,6 +625,7 @@ end
 local function reset_scope(scope, wf, asked, after, limit, forced, detail)
   local suffix = scope == 'all' and '' or ':' .. wf
   local calls, tallies = prefix .. 'calls' .. suffix, prefix .. 'tallies' .. suffix
+  if closed then return refused() end
   if after == '0' then
     local alive = forced == '0' and live_in(calls)
     if alive then
@@ -712,4 +731,140 @@ local function open_ledger(schema, id, process, about)
 end
 
 if operation == 'open' then return answer(open_ledger) end
+
+-- ── moving a ledger ───────────────────────────────────────────────────────────────────
+-- The items are too many for parameters; they are read one after the other. A value that may be absent is
+-- '' then, else it follows a '='.
+
+local at = 0
+
+local function take()
+  at = at + 1
+  return ARGV[at]
+end
+
+local function take_value()
+  local value = take()
+  return value ~= '' and string.sub(value, 2) or nil
+end
+
+local function next_place()
+  return as_text(redis.call('HINCRBY', meta, 'placed', 1))
+end
+
+-- the call that is open, as it is on the other side: number, row, six texts and the count of each run
+local function receive_runs(runs)
+  local place = first or runs > 0 and next_place()
+  if latest > 0 then forget() end
+  latest, won, counted, first = 0, 0, '', place
+  local last
+  for i = 1, runs do
+    local run, text = tonumber(take()), take()
+    local row = cjson.decode(text)
+    set(run .. ':row', text)
+    for _, name in ipairs({'key', 'args', 'matched', 'result', 'error', 'trace'}) do
+      local value = take_value()
+      if value then set(run .. ':' .. name, value) end
+    end
+    local blocked = take()
+    if blocked ~= '0' then set(run .. ':blocked', blocked) end
+    if last then set('owner:' .. last.owner, latest) end
+    latest, last = run, row
+    if had_effect(row) then won = run end
+    recount(run, counts_since(row))
+    if i == 1 then add('actions', row.tool, 1) end
+    add('claims', row.tool, 1)
+    add('executed', row.tool, had_effect(row) and 1 or 0)
+    add('blocked', row.tool, blocked)
+  end
+  if not last then return end
+  set_head()
+  write()
+  redis.call('ZADD', prefix .. 'calls', first, call)
+  redis.call('ZADD', prefix .. 'calls:' .. last.wf, first, call)
+  stand(nil, last)
+end
+
+-- tool wf caller args ran raised error created touched
+local function receive_tally(name, there)
+  local tally = prefix .. 'tally:' .. name
+  local place = redis.call('HGET', tally, 'first')
+  if place then forget_tally(name) end
+  if there == '0' then return end
+  place = place or next_place()
+  local value = {}
+  for _, field in ipairs({'tool', 'wf', 'caller', 'args', 'ran', 'raised', 'error', 'created', 'touched'}) do
+    value[field] = take_value()
+    if value[field] then redis.call('HSET', tally, field, value[field]) end
+  end
+  redis.call('HSET', tally, 'first', place)
+  redis.call('ZADD', prefix .. 'tallies', place, name)
+  redis.call('ZADD', prefix .. 'tallies:' .. value.wf, place, name)
+  if value.error then redis.call('ZADD', prefix .. 'raised:' .. value.tool, place, name) end
+  add('actions', value.tool, 1)
+  add('claims', value.tool, value.ran + value.raised)
+  add('executed', value.tool, value.ran)
+end
+
+local function receive_event()
+  local event = {}
+  for _, field in ipairs({'call', 'run', 'kind', 'at', 'tool', 'wf', 'caller', 'n', 'detail'}) do
+    local value = take_value()
+    if value then
+      event[#event + 1] = field
+      event[#event + 1] = value
+    end
+  end
+  local seq = as_text(redis.call('HINCRBY', meta, 'seq', 1))
+  redis.call('XADD', prefix .. 'events', seq .. '-0', unpack(event))
+end
+
+local function is_empty()
+  for _, list in ipairs({'calls', 'tallies', 'events'}) do
+    if redis.call('EXISTS', prefix .. list) == 1 then return false end
+  end
+  return true
+end
+
+-- one step of a move: mark before, mark after, what it closes, whether all goes or nothing may be there, then
+-- counts of calls, processes and events with these
+local function step()
+  at = 2
+  local was, now, closes, how = take(), take(), take(), take()
+  local found = redis.call('HGET', meta, 'move') or ''
+  if found ~= was then return {'found', found} end
+  if how == 'first' and not is_empty() then return {'full'} end
+  local calls, processes, events = take(), take(), take()
+  redis.call('HSET', meta, 'move', now)         -- before all else: what may be refused is refused here
+  if now == '' then redis.call('HDEL', meta, 'move') end
+  if how == 'erase' then
+    redis.call('UNLINK', prefix .. 'events', prefix .. 'totals')
+    redis.call('HSET', meta, 'seq', 0)
+    redis.call('HDEL', meta, 'placed')
+  end
+  for _ = 1, calls do
+    local name, runs, tally = take(), tonumber(take()), take()
+    open(name)
+    receive_runs(runs)
+    receive_tally(name, tally)
+  end
+  for _ = 1, processes do
+    redis.call('HSETNX', prefix .. 'processes', take(), take())
+  end
+  for _ = 1, events do
+    receive_event()
+  end
+  local seq, placed = unpack(redis.call('HMGET', meta, 'seq', 'placed'))
+  if closes ~= '' then
+    redis.call('HSET', meta, 'closed', closes)
+  else
+    redis.call('HDEL', meta, 'closed')
+    if placed and tonumber(placed) > tonumber(seq) then    -- a place is the number of an event from now on
+      redis.call('HSET', meta, 'seq', placed)
+    end
+  end
+  return {'stepped'}
+end
+
+if operation == 'step' then return answer(step) end
 return redis.error_reply('LEDGER there is no operation ' .. operation)

@@ -35,7 +35,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import redis
@@ -43,6 +43,9 @@ import redis
 import ledger
 from ledger import Claim, Clock, Now, Op, Record, Run, StoreError, UsageError, Verdict
 from ledger_stores.base import ServerStore, without_password
+
+if TYPE_CHECKING:
+    from ledger_stores.move import Side
 
 T = TypeVar("T")
 _SCHEMA_VERSION = 1
@@ -59,7 +62,17 @@ _SHOWN = (b"row", b"key", b"args", b"matched", b"result", b"error", b"trace", b"
 _LOST = (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError)
 _REFUSED = (redis.AuthenticationError, redis.exceptions.AuthorizationError)
 #: what the script answers when it wrote something that replicas should have
-_WROTE = (b"granted", b"settled", b"late", b"released", b"resolved", b"reset", b"more", b"checked")
+_WROTE = (
+    b"granted",
+    b"settled",
+    b"late",
+    b"released",
+    b"resolved",
+    b"reset",
+    b"more",
+    b"checked",
+    b"stepped",
+)
 _ADVICE: tuple[tuple[type[Exception], str], ...] = (
     (redis.AuthenticationError, "see that user and password are right"),
     (redis.exceptions.AuthorizationError, "see that this account may use the server"),
@@ -207,6 +220,8 @@ class RedisStore(ServerStore):
                 "the server was emptied, or came back without its data; nothing ran. Restore the data, or "
                 "close the store (or restart this program) to begin anew"
             )
+        if isinstance(reply, list) and reply[:1] == [b"closed"]:
+            raise StoreError(f"{without_password(self.url)}: {_text(reply[1])}")
         if have < replicas:
             raise StoreError(
                 f"{without_password(self.url)}: {have} of {replicas} replicas have what was written; it "
@@ -412,6 +427,12 @@ class RedisStore(ServerStore):
         self._ask("check", replicas=self.replicas)
         return {"store": without_password(self.url), "ok": True, "schema": _SCHEMA_VERSION, "sync": self.sync}
 
+    def as_side(self) -> Side:
+        """This store as one side of a move."""
+        from ledger_stores.move_redis import RedisSide
+
+        return RedisSide(self)
+
     def close(self) -> None:
         """Finish what is pending and close the connections; they open again when the store is used again."""
         super().close()
@@ -558,7 +579,10 @@ def _rows_from(call: str, flat: Sequence[bytes]) -> list[Run]:
     """All runs in the hash of a call, oldest first."""
     found = dict(_pairs(flat))
     runs = range(1, int(found.get(b"head", b"0").partition(b" ")[0]) + 1)
-    return [_run_of(call, n, [found.get(b"%d:%s" % (n, name)) for name in _SHOWN]) for n in runs]
+    texts = ((n, [found.get(b"%d:%s" % (n, name)) for name in _SHOWN]) for n in runs)
+    return [
+        _run_of(call, n, told) for n, told in texts if told[0]
+    ]  # a pruned ledger that moved here has holes
 
 
 def _tally_from(call: str, flat: Sequence[bytes]) -> Record:
