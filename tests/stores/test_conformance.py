@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from ledger import Clock, MemoryStore, SqliteStore, Store
 from ledger_stores.testing import FakeClock, StoreConformance
 from tests.stores.kit import SixMethodStore
@@ -114,3 +116,34 @@ class TestDynamo(StoreConformance):
 
         assert isinstance(store, ClockedDynamo)
         return ClockedDynamo(store.url, namespace=store.namespace, clock=store.clock)
+
+
+class TestMongo(StoreConformance):
+    """Real pymongo on a stand-in for MongoDB; its time is put where the test can set it."""
+
+    is_shared = True
+    keeps_events = False
+    resets_at_once = False
+
+    def make(self, folder: Path, clock: Clock) -> Store:  # noqa: ARG002 - it needs no place
+        from tests.stores.mongo_kit import open_mongo, stand_in
+
+        return open_mongo(stand_in().url, clock)
+
+    def again(self, store: Store) -> Store:
+        from tests.stores.mongo_kit import ClockedMongo
+
+        assert isinstance(store, ClockedMongo)
+        return ClockedMongo(store.url, namespace=store.namespace, clock=store.clock)
+
+
+class TestLiveMongo(TestMongo):
+    """The same on a real MongoDB, where the environment names one."""
+
+    def make(self, folder: Path, clock: Clock) -> Store:  # noqa: ARG002 - it needs no place
+        from tests.stores.mongo_kit import live_url, open_mongo
+
+        url = live_url()
+        if url is None:
+            pytest.skip("no live MongoDB is named by LEDGER_TEST_MONGODB")
+        return open_mongo(url, clock)
