@@ -1,4 +1,4 @@
-"""The guard on MongoDB (4.4 or newer, a replica set), with pymongo.  Experimental.
+"""The guard on MongoDB (4.4 or newer, a replica set, be it of one server), with pymongo.  Experimental.
 
 Experimental, because no live server has run it yet: its tests speak to a stand-in, and the commands are
 compared with a written protocol (`tests/stores/test_mongodb.py`).  `LEDGER_TEST_MONGODB=mongodb://…` runs
@@ -17,8 +17,7 @@ majority has (`readConcern: "majority"`, from the primary), so:
 
 `sync="claim"` waits for the majority where a run begins or goes on, and for one server elsewhere: a
 fail-over may then forget an end, and the run is in doubt.  `sync="off"` waits for one server only: a
-fail-over may forget claims, and their tools run again.  A server that is no replica set is its own
-majority: it survives a kill and a restart, not its disk.
+fail-over may forget claims, and their tools run again.
 
 Each operation is one `findAndModify` of one document.  The driver sends what had no answer once more
 (`retryWrites`); whoever repeats an operation after an error finds what it wrote by its token.  So an
@@ -76,7 +75,7 @@ _DISK_IS_FULL = 14031
 _ADVICE = {
     13: "let this account read and write this database and make indexes in it",
     18: "see that user and password are right, and authSource= names the database that knows the user",
-    20: "it is no replica set; add retryWrites=false to the URL, or make it one",
+    20: "see that it is a replica set (rs.initiate() makes one of a single server)",
     _DISK_IS_FULL: "make room on the server's disk",
     85: "the collection has other indexes of these names; name another namespace",
     86: "the collection has other indexes of these names; name another namespace",
@@ -86,8 +85,12 @@ _REACH = "see that the servers run and can be reached from here"
 _UNKNOWN = "what was asked may have been done all the same, and may safely be asked again"
 #: class of an error → what happened, and what to do; the first that fits
 _FAULTS: tuple[tuple[type[Exception], str, str], ...] = (
-    (errors.ServerSelectionTimeoutError, "no primary answers", _REACH),
-    (errors.WaitQueueTimeoutError, "no connection is free", "allow more with maxPoolSize= in the URL"),
+    (errors.ServerSelectionTimeoutError, "no primary answers within {:g} s", _REACH),
+    (
+        errors.WaitQueueTimeoutError,
+        "no connection is free within {:g} s",
+        "allow more with maxPoolSize= in the URL",
+    ),
     (errors.NetworkTimeout, "no answer", f"{_REACH}; {_UNKNOWN}"),
     (errors.ConnectionFailure, "the connection was lost", f"{_REACH}; {_UNKNOWN}"),
     (
@@ -205,8 +208,9 @@ class MongoStore(DocumentStore):
             if isinstance(error, kind):
                 what, advice = said
                 break
-        name = type(error).__name__ + (f" {code}" if code else "")
-        told = StoreError(f"{self.address}: {what} ({name}); {advice}")
+        details = getattr(error, "details", None) or {}
+        name = " ".join(map(str, filter(None, (type(error).__name__, code, details.get("codeName")))))
+        told = StoreError(f"{self.address}: {what.format(self.lock_seconds)} ({name}); {advice}")
         told.full = code == _DISK_IS_FULL
         return told
 

@@ -8,9 +8,9 @@ becomes of lost answers; it cannot show that MongoDB does what these commands as
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import os
-import re
 import socket
 import struct
 import threading
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Any, ClassVar
+from typing import Any
 
 import bson
 import mongomock
@@ -46,8 +46,8 @@ class StandIn:
         self.heard: list[Doc] = []
         #: name of a command → how often its next answers are lost, connection and all, after it was done
         self.loses: dict[str, int] = {}
-        #: name of a command → what is answered instead of doing it
-        self.refuses: dict[str, Doc] = {}
+        #: name of a command → what is answered, one after the other, instead of doing it
+        self.refuses: dict[str, list[Doc]] = {}
         #: name of a command → what is answered besides after it was done
         self.adds: dict[str, Doc] = {}
         #: clear: nobody gets an answer
@@ -120,8 +120,8 @@ class StandIn:
         if name in _TALK:
             return self._hello() if name in _TALK[:2] else {"ok": 1}
         with self._one_by_one:
-            self.heard.append(command)
-            reply = self.refuses.get(name) or self._do_once(name, command)
+            self.heard.append(copy.deepcopy(command))  # mongomock changes what it is given
+            reply = self.refuses[name].pop(0) if self.refuses.get(name) else self._do_once(name, command)
             if self.loses.get(name):
                 self.loses[name] -= 1
                 return None
@@ -170,7 +170,7 @@ class StandIn:
         pages = _pages(found)
         first = next(pages, [])
         cursor = 0
-        if sum(map(len, [first])) < len(found):
+        if len(first) < len(found):
             cursor = len(self._cursors) + 1
             self._cursors[cursor] = pages
         name = f"{command['$db']}.{next(iter(command.values()))}"
