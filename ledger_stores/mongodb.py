@@ -41,7 +41,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from itertools import islice
 from typing import Any, ClassVar, Literal, NamedTuple
 from urllib.parse import unquote
 
@@ -56,7 +55,7 @@ from pymongo.write_concern import WriteConcern
 from ledger import Clock, StoreError, UsageError
 from ledger_stores.documents import DocumentStore, Fields, boot_micros
 
-#: documents of a list, or names to be removed, in one command
+#: documents of a list in one answer
 _PAGE = 100
 #: bytes of a long text in one document, which holds 16 MB
 _PART = 8_000_000
@@ -64,9 +63,11 @@ _PART = 8_000_000
 _UPSERTS = 10
 _CONNECT_MILLIS = 5_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_HOST = r"(?:\[[^\]@/?]+\]|[^:,@/?\[\]]+)(?::\d+)?"
+#: strict, so that a password that is not quoted is never taken for something that can be shown
 _URL = re.compile(
     r"(?P<scheme>mongodb(?:\+srv)?)://(?:(?P<user>[^:@/?]*)(?P<password>:[^@/?]*)?@)?"
-    r"(?P<hosts>[^@/?]+)(?:/(?P<database>[^@/?]*))?(?:\?.*)?"
+    rf"(?P<hosts>{_HOST}(?:,{_HOST})*)(?:/(?P<database>[^@/?]*))?(?:\?[^@]*)?"
 )
 #: what a list is sorted by, in all and of one workflow
 _INDEXES = (("list", "first"), ("list", "scope", "first"))
@@ -282,12 +283,6 @@ class MongoStore(DocumentStore):
         with self._opened() as db:
             # counts belong to a document that is there, whatever became of it since
             return db.rest.update_one({"_id": name}, {"$set": fields}).matched_count > 0
-
-    def _drop(self, ids: Iterable[str]) -> None:
-        rest = iter(ids)
-        while page := list(islice(rest, _PAGE)):
-            with self._opened() as db:
-                db.rest.delete_many({"_id": {"$in": page}})
 
     def _listed(self, kind: str, scope: str | None) -> Iterator[str]:
         part = {"list": kind} if scope is None else {"list": kind, "scope": scope}
