@@ -30,14 +30,16 @@ server's time by one way of an answer and a millisecond at most, and until the n
 more or less; a lease is judged that much too late or too early.  After a fail-over it is the time of the
 former primary until the next look: leases must be longer than the servers' clocks are apart.
 
-Duplicates that wait are found by polling with back-off, one poller per process however many wait; change
-streams are not used.  Texts that make a call larger than 4 MB lie in `<namespace>.texts`, written before
+Duplicates that wait are found by polling with back-off, one poller per process however many wait.  Once
+its pauses are long a change stream ends them early, where the server has one and the account may use it.
+Texts that make a call larger than 4 MB lie in `<namespace>.texts`, written before
 the document that names them.  No log of all events is kept: each call keeps the newest of its own.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -55,13 +57,15 @@ from pymongo.write_concern import WriteConcern
 from ledger import Clock, StoreError, UsageError
 from ledger_stores.documents import DocumentStore, Fields, boot_micros
 
-#: documents of a list in one answer
+#: documents of a list in one answer, and calls that one stream is asked for
 _PAGE = 100
 #: bytes of a long text in one document, which holds 16 MB
 _PART = 8_000_000
 #: how often an insert is asked again because another one of the same name came between
 _UPSERTS = 10
 _CONNECT_MILLIS = 5_000
+#: pauses from which on a change stream is worth three more commands, and how long none is tried after one failed
+_STREAM_SECONDS, _DEAF_SECONDS = 0.3, 60.0
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _HOST = r"(?:\[[^\]@/?]+\]|[^:,@/?\[\]]+)(?::\d+)?"
 #: strict, so that a password that is not quoted is never taken for something that can be shown
@@ -146,6 +150,7 @@ class MongoStore(DocumentStore):
     def _begin(self) -> None:
         super()._begin()
         self._open_one: _Opened | None = None
+        self._deaf_until = 0.0
 
     @property
     def address(self) -> str:
@@ -296,6 +301,33 @@ class MongoStore(DocumentStore):
             if len(page) < _PAGE:
                 return
             after = page[-1]["first"]
+
+    # -- duplicates that wait --
+
+    def changed(self, calls: Sequence[str], seconds: float) -> Iterable[str]:
+        """Which of these calls have no live run any more; returns after so many seconds, or when one ended."""
+        if seconds < _STREAM_SECONDS or len(calls) > _PAGE or time.monotonic() < self._deaf_until:
+            return super().changed(calls, seconds)
+        try:
+            return self._woken(calls, seconds)
+        except StoreError:  # it has no streams, or not for us, or went away: looking finds out all the same
+            self._deaf_until = time.monotonic() + _DEAF_SECONDS
+            return super().changed(calls, seconds)
+
+    def _woken(self, calls: Sequence[str], seconds: float) -> Iterable[str]:
+        ended = {
+            "documentKey._id": {"$in": [f"call:{call}" for call in calls]},
+            "updateDescription.updatedFields.status": {"$exists": True},
+        }
+        with self._opened() as db:
+            docs = db.firm.with_options(read_concern=ReadConcern("majority"))  # streams know no other
+            pipeline: list[dict[str, Any]] = [{"$match": ended}, {"$project": {"_id": 1}}]
+            # opened for this pause alone, so that none is left behind; before the look, so that no end is missed
+            with docs.watch(pipeline, max_await_time_ms=int(seconds * 1000)) as stream:
+                if found := self._without_live_run(calls):
+                    return found
+                stream.try_next()
+        return self._without_live_run(calls)
 
     # -- long texts --
 

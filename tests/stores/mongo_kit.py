@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import copy
 import functools
+import itertools
 import os
 import socket
 import struct
@@ -22,6 +23,7 @@ from typing import Any
 
 import bson
 import mongomock
+import mongomock.filtering
 from bson.codec_options import CodecOptions
 
 from ledger import Clock
@@ -54,9 +56,13 @@ class StandIn:
         self.answers = threading.Event()
         self.answers.set()
         self._data: mongomock.MongoClient[Doc] = mongomock.MongoClient(tz_aware=True)
-        self._cursors: dict[int, Iterator[list[Doc]]] = {}
+        self._cursors: dict[int, list[list[Doc]]] = {}
+        self._numbers = itertools.count(1)
         self._done: dict[Any, Doc] = {}
-        self._one_by_one = threading.RLock()
+        #: of each cursor of a change stream how far it has read, and what it wants
+        self._streams: dict[int, tuple[int, Doc]] = {}
+        self._changes: list[Doc] = []
+        self._one_by_one = threading.Condition()
         self._door = socket.create_server(("127.0.0.1", 0), backlog=128)
         self._callers: set[socket.socket] = set()
         self.address = f"127.0.0.1:{self._door.getsockname()[1]}"
@@ -153,6 +159,8 @@ class StandIn:
             return {"ok": 0, "code": 59, "codeName": "CommandNotFound", "errmsg": f"no such command: {name}"}
         documents = self._data[command["$db"]][command[name]] if isinstance(command[name], str) else None
         found: Doc = work(documents, command)
+        if "cursor" in found:
+            found["cursor"]["ns"] = f"{command['$db']}.{command.get('collection', command[name])}"
         return found
 
     def _do_find(self, documents: Any, command: Doc) -> Doc:
@@ -160,30 +168,50 @@ class StandIn:
         if "sort" in command:
             found = found.sort(list(command["sort"].items()))
         found = found.limit(command.get("limit", 0))
-        return self._first_of(list(found), command)
+        return self._first_of(list(found))
 
     def _do_aggregate(self, documents: Any, command: Doc) -> Doc:
+        if "$changeStream" in command["pipeline"][0]:
+            self._streams[number := next(self._numbers)] = (
+                len(self._changes),
+                command["pipeline"][1]["$match"],
+            )
+            # the driver wants to know from when on, to go on there should its connection break
+            return _batch("firstBatch", [], number) | {"operationTime": bson.timestamp.Timestamp(1, 1)}
         now = datetime.fromtimestamp(self.clock() // 1000 / 1000, UTC)
-        return self._first_of(list(documents.aggregate(_with_now(command["pipeline"], now))), command)
+        return self._first_of(list(documents.aggregate(_with_now(command["pipeline"], now))))
 
-    def _first_of(self, found: list[Doc], command: Doc) -> Doc:
-        pages = _pages(found)
-        first = next(pages, [])
-        cursor = 0
-        if len(first) < len(found):
-            cursor = len(self._cursors) + 1
-            self._cursors[cursor] = pages
-        name = f"{command['$db']}.{next(iter(command.values()))}"
-        return {"cursor": {"id": bson.int64.Int64(cursor), "ns": name, "firstBatch": first}}
+    def _first_of(self, found: list[Doc]) -> Doc:
+        first, *rest = _pages(found) or [[]]
+        if not rest:
+            return _batch("firstBatch", first, 0)
+        self._cursors[number := next(self._numbers)] = rest
+        return _batch("firstBatch", first, number)
 
     def _do_getMore(self, _: Any, command: Doc) -> Doc:  # noqa: N802 - its name on the wire
         number = int(command["getMore"])
-        page = next(self._cursors[number], None)
-        left = bson.int64.Int64(number if page else 0)
-        name = f"{command['$db']}.{command['collection']}"
-        return {"cursor": {"id": left, "ns": name, "nextBatch": page or []}}
+        if number in self._streams:
+            return _batch("nextBatch", self._changes_for(number, command["maxTimeMS"] / 1000), number)
+        page, *self._cursors[number] = self._cursors[number]
+        return _batch("nextBatch", page, number if self._cursors[number] else 0)
+
+    def _changes_for(self, number: int, seconds: float) -> list[Doc]:
+        """What a stream waits for; nothing after so many seconds."""
+        begun, wanted = self._streams[number]
+
+        def found() -> list[Doc]:
+            is_wanted: Callable[[Doc, Doc], bool] = mongomock.filtering.filter_applies
+            return [change for change in self._changes[begun:] if is_wanted(wanted, change)]
+
+        self._one_by_one.wait_for(found, seconds)  # lets other commands in
+        told, self._streams[number] = found(), (len(self._changes), wanted)
+        return [{"_id": change["_id"]} for change in told]
+
+    def _do_killCursors(self, _: Any, command: Doc) -> Doc:  # noqa: N802 - its name on the wire
+        return {"cursorsKilled": [number for number in command["cursors"] if self._streams.pop(number, None)]}
 
     def _do_findAndModify(self, documents: Any, command: Doc) -> Doc:  # noqa: N802 - its name on the wire
+        before = documents.find_one(command["query"])
         found = documents.find_one_and_update(
             command["query"],
             command["update"],
@@ -191,6 +219,18 @@ class StandIn:
             upsert=command.get("upsert", False),
             return_document=command.get("new", False),
         )
+        if before and "$set" in command["update"]:
+            news = {
+                name: value for name, value in command["update"]["$set"].items() if before.get(name) != value
+            }
+            self._changes.append(
+                {
+                    "_id": {"_data": f"{len(self._changes):08}"},
+                    "documentKey": {"_id": before["_id"]},
+                    "updateDescription": {"updatedFields": news},
+                }
+            )
+            self._one_by_one.notify_all()
         return {"value": found}
 
     def _do_update(self, documents: Any, command: Doc) -> Doc:
@@ -249,18 +289,21 @@ def _command_in(kind: int, body: bytes) -> Doc:
     return command | beside
 
 
-def _pages(found: list[Doc]) -> Iterator[list[Doc]]:
+def _pages(found: list[Doc]) -> list[list[Doc]]:
     """As many documents at a time as one answer holds."""
-    page: list[Doc] = []
-    size = 0
+    pages: list[list[Doc]] = []
+    room = 0
     for doc in found:
-        size += len(bson.encode(doc))
-        if page and (size > _BATCH_BYTES or len(page) == _BATCH):
-            yield page
-            page, size = [], len(bson.encode(doc))
-        page.append(doc)
-    if page:
-        yield page
+        room -= len(bson.encode(doc))
+        if room < 0 or len(pages[-1]) == _BATCH:
+            pages.append([])
+            room = _BATCH_BYTES - len(bson.encode(doc))
+        pages[-1].append(doc)
+    return pages
+
+
+def _batch(name: str, page: list[Doc], cursor: int) -> Doc:
+    return {"cursor": {"id": bson.int64.Int64(cursor), name: page}}
 
 
 def _with_now(value: Any, now: datetime) -> Any:

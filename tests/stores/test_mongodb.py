@@ -36,6 +36,7 @@ from ledger_stores.testing import (
     resolve,
     settle,
 )
+from tests.actors import eventually
 from tests.stores.mongo_kit import Doc, StandIn, open_mongo
 
 MAJORITY = {"w": "majority", "j": True, "wtimeout": 30_000}
@@ -386,6 +387,65 @@ def test_many_that_wait_are_found_by_one_poller(server: StandIn, store: MongoSto
     assert ([n % 3 for n in range(30)], [0, 1, 2]) == (answers, sorted(runs))
     assert ticks > 10
     assert 3 in {len(command["filter"]["_id"]["$in"]) for command in heard if "find" in command}
+
+
+STREAM: Doc = {
+    "aggregate": "shop",
+    "pipeline": [
+        {"$changeStream": {}},
+        {
+            "$match": {
+                "documentKey._id": {"$in": ["call:c", "call:d"]},
+                "updateDescription.updatedFields.status": {"$exists": True},
+            }
+        },
+        {"$project": {"_id": 1}},
+    ],
+    "cursor": {},
+    "readConcern": {"level": "majority"},
+}
+BOTH = find({"_id": {"$in": ["call:c", "call:d"]}})
+
+
+def test_a_long_pause_ends_when_a_run_ends(server: StandIn, store: MongoStore) -> None:
+    """A change stream is opened, then all are looked at, then it is waited for: nothing is missed or left."""
+    others = MongoStore(server.url, namespace="shop")
+    runs = [granted(others, call=call) for call in ("c", "d")]
+    store.check()
+
+    def end_one() -> None:
+        eventually(lambda: "getMore" in server.heard[-1])
+        others.transact(renew(runs[0]))  # wakes nobody
+        others.transact(settle(runs[1]))
+
+    threading.Thread(target=end_one).start()
+    with server.recording() as heard:
+        found = list(store.changed(["c", "d"], 1000))  # longer than this test may take
+
+    mine = [command for command in heard if "findAndModify" not in command]
+    waited = {"getMore": ANY, "collection": "shop", "maxTimeMS": 1_000_000}
+    closed = {"killCursors": "shop", "cursors": [ANY]}
+    assert ["d"] == found
+    assert [STREAM, BOTH, waited, closed, BOTH] == said(mine)
+    others.close()
+
+
+def test_an_end_before_the_stream_is_seen_by_looking(server: StandIn, store: MongoStore) -> None:
+    """Whoever is over already is told at once."""
+    store.transact(settle(granted(store)))
+
+    assert ["c"] == list(store.changed(["c"], 1000))
+
+
+def test_where_there_are_no_streams_looking_goes_on(server: StandIn, store: MongoStore) -> None:
+    """One refusal, and for a minute nothing is asked but what stands there."""
+    granted(store)
+    refusal = {"ok": 0, "code": 40573, "codeName": "Location40573", "errmsg": "only on replica sets"}
+    server.refuses["aggregate"] = [refusal]
+    with server.recording() as heard:
+        assert [] == [call for _ in range(2) for call in store.changed(["c"], 0.3)]
+
+    assert ["aggregate", "find", "find", "find", "find"] == names_in(heard)
 
 
 # ── faults ────────────────────────────────────────────────────────────────────────────
