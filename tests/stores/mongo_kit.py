@@ -19,16 +19,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import Any
 
 import bson
 import mongomock
 import mongomock.filtering
+import pytest
 from bson.codec_options import CodecOptions
 
 from ledger import Clock
+from ledger_stores.base import without_password
 from ledger_stores.mongodb import MongoStore
-from tests.stores.servers import fresh_namespace
+from tests.stores.servers import USED, fresh_namespace
 
 Doc = dict[str, Any]
 _HEAD = struct.Struct("<iiii")
@@ -319,13 +322,19 @@ def _with_now(value: Any, now: datetime) -> Any:
 def stand_in() -> StandIn:
     """One for all tests that leave it as it is."""
     made = StandIn()
+    USED.add(
+        f"MongoDB as a stand-in with mongomock {version('mongomock')}, over pymongo {version('pymongo')}"
+    )
     atexit.register(made.close)
     return made
 
 
-def live_url() -> str | None:
-    """The URL of a real MongoDB, if the environment names one."""
-    return os.environ.get("LEDGER_TEST_MONGODB")
+def live_url() -> str:
+    """The URL of a real MongoDB and of a database that is the tests' own; no server comes as a package."""
+    if named := os.environ.get("LEDGER_TEST_MONGODB"):
+        USED.add(f"MongoDB at {without_password(named)}")
+        return named
+    pytest.skip("no live MongoDB is named by LEDGER_TEST_MONGODB")
 
 
 class ClockedMongo(MongoStore):

@@ -1,7 +1,8 @@
 """The store on MongoDB: the commands that it sends, as a written protocol, and what becomes of faults.
 
-All of this runs against a stand-in (`mongo_kit.StandIn`), so it says what is asked, not what MongoDB does
-with it; `tests/stores/test_conformance.py` has the suite for a live one.
+The protocol and the faults run against a stand-in (`mongo_kit.StandIn`): they say what is asked, not what
+MongoDB does with it.  What takes the store of `anywhere`, and the suite of `test_conformance.py`, runs on a
+live one too, where LEDGER_TEST_MONGODB names one.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from ledger_stores.testing import (
     settle,
 )
 from tests.actors import eventually
-from tests.stores.mongo_kit import Doc, StandIn, open_mongo
+from tests.stores.mongo_kit import Doc, StandIn, live_url, open_mongo
+from tests.stores.servers import fresh_namespace
 
 MAJORITY = {"w": "majority", "j": True, "wtimeout": 30_000}
 ONE = {"w": 1}
@@ -57,6 +59,23 @@ def store(server: StandIn) -> Iterator[MongoStore]:
     made = MongoStore(server.url, namespace="shop")
     yield made
     server.loses, server.refuses, server.adds = {}, {}, {}
+    made.close()
+
+
+@pytest.fixture(params=["stand-in", "live"])
+def url(request: pytest.FixtureRequest) -> str:
+    """Of a stand-in, and of a real MongoDB."""
+    if request.param == "live":
+        return live_url()
+    standing: StandIn = request.getfixturevalue("server")
+    return standing.url
+
+
+@pytest.fixture
+def anywhere(url: str) -> Iterator[MongoStore]:
+    """An empty store on either."""
+    made = open_mongo(url)
+    yield made
     made.close()
 
 
@@ -430,6 +449,19 @@ def test_a_long_pause_ends_when_a_run_ends(server: StandIn, store: MongoStore) -
     others.close()
 
 
+def test_who_waits_long_is_told_of_an_end(anywhere: MongoStore) -> None:
+    """Whether by a stream or by looking again."""
+    other = MongoStore(anywhere.url, namespace=anywhere.namespace)
+    run = granted(other)
+    threading.Timer(0.3, lambda: other.transact(settle(run))).start()
+
+    def is_told() -> bool:
+        return ["c"] == list(anywhere.changed(["c"], 1.0))
+
+    eventually(is_told)
+    other.close()
+
+
 def test_an_end_before_the_stream_is_seen_by_looking(server: StandIn, store: MongoStore) -> None:
     """Whoever is over already is told at once."""
     store.transact(settle(granted(store)))
@@ -571,11 +603,22 @@ def test_leases_go_by_the_servers_clock(server: StandIn) -> None:
     store.close()
 
 
+def test_a_lease_lapses_without_anybody_asking_for_the_time(anywhere: MongoStore) -> None:
+    """Between two looks at the server's clock it goes on by itself."""
+    run = granted(anywhere, lease=200_000)
+    assert "live" == anywhere.transact(claim(lease=200_000)).kind
+    eventually(lambda: anywhere.is_over(run))
+
+    granted(anywhere)
+    assert ["doubt", "running"] == [row.status for row in anywhere.rows("c")]
+
+
 # ── many callers ──────────────────────────────────────────────────────────────────────
 
 
-def test_a_forked_child_has_connections_of_its_own(server: StandIn, store: MongoStore) -> None:
+def test_a_forked_child_has_connections_of_its_own(anywhere: MongoStore) -> None:
     """Both sides go on, and what the child does not close stays the parent's."""
+    store = anywhere
     run = granted(store)
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
@@ -594,14 +637,15 @@ def test_a_forked_child_has_connections_of_its_own(server: StandIn, store: Mongo
     assert "live" == store.transact(claim("d")).kind
 
 
-def test_twenty_processes_open_a_new_database_at_once(server: StandIn) -> None:
+def test_twenty_processes_open_a_new_ledger_at_once(url: str) -> None:
     """One ledger is made; all twenty then share one run."""
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
     gate = context.Barrier(20)
+    namespace = fresh_namespace()
 
     def work() -> None:
-        mine = MongoStore(server.url)
+        mine = MongoStore(url, namespace=namespace)
         gate.wait(60)
         answers.put((mine.transact(claim()).kind, mine._ledger_id))
         mine.close()
@@ -617,9 +661,9 @@ def test_twenty_processes_open_a_new_database_at_once(server: StandIn) -> None:
     assert 1 == len({name for _, name in told})
 
 
-def test_namespaces_do_not_meet(server: StandIn, store: MongoStore) -> None:
+def test_namespaces_do_not_meet(anywhere: MongoStore) -> None:
     """Two applications in one database share neither calls nor sums, nor a reset."""
-    other = MongoStore(server.url, namespace="shop_texts")
+    store, other = anywhere, MongoStore(anywhere.url, namespace=f"{anywhere.namespace}_texts")
     store.transact(settle(granted(store)))
 
     assert "granted" == other.transact(claim()).kind
@@ -642,9 +686,9 @@ def test_the_database_is_that_of_the_url(server: StandIn) -> None:
 # ── what is stored ────────────────────────────────────────────────────────────────────
 
 
-def test_another_value_under_one_key_is_a_conflict(store: MongoStore) -> None:
+def test_another_value_under_one_key_is_a_conflict(anywhere: MongoStore) -> None:
     """`match=` names the parameter that must agree; without it the key decides alone."""
-    guard = Guard(store=store, quiet=True)
+    guard = Guard(store=anywhere, quiet=True)
 
     @guard.once(key=["order"], match=["amount"], replay=True)
     def charge(order: int, amount: int, note: str = "") -> int:
@@ -656,18 +700,18 @@ def test_another_value_under_one_key_is_a_conflict(store: MongoStore) -> None:
         charge(1, 100)
 
 
-def test_calls_too_large_for_one_answer_are_listed_all_the_same(store: MongoStore) -> None:
+def test_calls_too_large_for_one_answer_are_listed_all_the_same(anywhere: MongoStore) -> None:
     """Documents of 20 MB in all come in more than one answer."""
     results = [json.dumps(str(n) * 3_900_000) for n in range(5)]
     for number, result in enumerate(results):
-        store.transact(settle(granted(store, call=f"c{number}"), result=result))
+        anywhere.transact(settle(granted(anywhere, call=f"c{number}"), result=result))
 
-    assert results == [rows[0].result for _, rows in store.calls()]
+    assert results == [rows[0].result for _, rows in anywhere.calls()]
 
 
-def test_a_reset_forgets_what_was_counted(server: StandIn, store: MongoStore) -> None:
+def test_a_reset_forgets_what_was_counted(anywhere: MongoStore) -> None:
     """Runs of an unlimited tool count from nothing again, also by callers that had counted before it."""
-    other = MongoStore(server.url, namespace="shop")
+    store, other = anywhere, MongoStore(anywhere.url, namespace=anywhere.namespace)
     for mine in (store, other, store):
         mine.count("ran", claim(), 0)
         mine.flush()
