@@ -19,6 +19,8 @@ _STORES = {
     "redis": ("redis", "RedisStore", "redis", ("redis",)),
     "rediss": ("redis", "RedisStore", "redis", ("redis",)),
     "dynamodb": ("dynamodb", "DynamoStore", "dynamodb", ("boto3", "botocore")),
+    "mongodb": ("mongodb", "MongoStore", "mongodb", ("pymongo", "bson")),
+    "mongodb+srv": ("mongodb", "MongoStore", "mongodb", ("pymongo", "bson")),
 }
 
 

@@ -41,6 +41,8 @@ _LOG, _DETAIL = 100, 200
 _OWN = 10_000
 #: how often an operation is decided anew because somebody else came first
 _TRIES = 1000
+#: what is counted of an unlimited tool
+_TALLIED = ("ran", "raised")
 #: fields of a run that may grow large, and how long one may be in the document of its call
 _TEXTS, _SMALL = ("args", "key", "result", "error", "trace"), 4096
 
@@ -246,10 +248,6 @@ class DocumentStore(ServerStore):
         """Set fields of a document that is there, whatever its version; whether it is."""
         raise NotImplementedError
 
-    def _drop(self, ids: Iterable[str]) -> None:
-        """Remove documents."""
-        raise NotImplementedError
-
     def _listed(self, kind: str, scope: str | None) -> Iterator[str]:
         """The names of all documents of a kind (of one scope), by `first`."""
         raise NotImplementedError
@@ -413,7 +411,10 @@ class DocumentStore(ServerStore):
                     raise ledger._busy_reset(self.describe(doc.runs()))
         for doc in self._documents(wf):
             self._transact(_Forget(doc.name.partition(":")[2], asked, force, why))
-        self._drop(name for name, _ in self._all("tally", wf))
+        for name, fields in self._all("tally", wf):
+            # not removed: each writer goes on from its own number, and would bring the old counts back
+            sums = {f"forgotten_{kind}": _sum_of(kind, fields) for kind in _TALLIED}
+            self._set(name, {**sums, "created": self._server_time()})
 
     # -- counting --
 
@@ -526,8 +527,9 @@ class DocumentStore(ServerStore):
         """The record of a call; None if it was never made."""
         if rows := self.rows(call):
             return self.describe(rows)
-        found = self._find([f"tally:{call}"])
-        return _tally_from(call, found[f"tally:{call}"]) if found else None
+        found = self._find([f"tally:{call}"]).get(f"tally:{call}")
+        record = found and _tally_from(call, found)
+        return record if record and record.attempts else None
 
     def calls(self, tool: str | None = None, wf: str | None = None) -> Iterator[tuple[Record, list[Run]]]:
         """Every call with its runs, oldest first, a page at a time."""
@@ -537,7 +539,7 @@ class DocumentStore(ServerStore):
                 yield self.describe(rows), rows
         for name, fields in self._all("tally", wf):
             record = _tally_from(name.partition(":")[2], fields)
-            if ledger._is_named(record.tool, tool):
+            if record.attempts and ledger._is_named(record.tool, tool):
                 yield record, []
 
     def totals(self) -> ledger.Totals:
@@ -572,7 +574,7 @@ class DocumentStore(ServerStore):
 
 
 def _tally_from(call: str, fields: Fields) -> Record:
-    """The record of an unlimited tool's call from its document."""
-    counts = (_sum_of(kind, fields) for kind in ("ran", "raised"))
+    """The record of an unlimited tool's call from its document, without what a reset forgot."""
+    counts = (_sum_of(kind, fields) - fields.get(f"forgotten_{kind}", 0) for kind in _TALLIED)
     about, error = json.loads(fields["about"]), json.loads(fields["error"])
     return ledger._record_of_tally((call, *about, *counts, error, fields["created"], fields["touched"]))

@@ -18,10 +18,11 @@ from ledger_ops.rollup import Rollup
 from ledger_ops.transfer import export
 from ledger_ops.values import STATES, Event, Filter, state_of
 from tests.stores.dynamo_kit import dynamo_url
+from tests.stores.mongo_kit import stand_in
 from tests.stores.redis_kit import redis_url
 from tests.stores.servers import fresh_namespace, postgres_url
 
-KINDS = ("postgres", "redis", "dynamodb")
+KINDS = ("postgres", "redis", "dynamodb", "mongodb")
 HELD: list[BaseException] = []
 WANTED = [
     Filter(), Filter(tool="charge"), Filter(tool="look_up"), Filter(wf="w1"), Filter(caller="agent-1"),
@@ -76,6 +77,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Read
         "postgres": postgres_url(),
         "redis": redis_url(),
         "dynamodb": dynamo_url(),
+        "mongodb": stand_in().url,
     }
     found: dict[str, Reader] = {}
     guards = []
@@ -168,7 +170,8 @@ def test_one_call_doubts_and_texts_are_those_of_a_file(readers: dict[str, Reader
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_is_opened_by_its_url_and_acted_on(kind: str, tmp_path: Path) -> None:
     """Clear, retry and resolve do on a server what they do on a file."""
-    url = {"postgres": postgres_url, "redis": redis_url, "dynamodb": dynamo_url}[kind]()
+    urls = {"postgres": postgres_url, "redis": redis_url, "dynamodb": dynamo_url}
+    url = stand_in().url if kind == "mongodb" else urls[kind]()
     guard = Guard(url, namespace=fresh_namespace(), quiet=True)
     guard(charge, 1)
     HELD.append(KeyboardInterrupt())

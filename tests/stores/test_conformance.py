@@ -130,3 +130,31 @@ class TestDynamo(StoreConformance):
 
         assert isinstance(store, ClockedDynamo)
         return ClockedDynamo(store.url, namespace=store.namespace, clock=store.clock)
+
+
+class TestMongo(StoreConformance):
+    """Real pymongo on a stand-in for MongoDB; its time is put where the test can set it."""
+
+    is_shared = True
+    keeps_events = False
+    resets_at_once = False
+
+    def make(self, folder: Path, clock: Clock) -> Store:  # noqa: ARG002 - it needs no place
+        from tests.stores.mongo_kit import open_mongo, stand_in
+
+        return open_mongo(stand_in().url, clock)
+
+    def again(self, store: Store) -> Store:
+        from tests.stores.mongo_kit import ClockedMongo
+
+        assert isinstance(store, ClockedMongo)
+        return ClockedMongo(store.url, namespace=store.namespace, clock=store.clock)
+
+
+class TestLiveMongo(TestMongo):
+    """The same on a real MongoDB, where the environment names one."""
+
+    def make(self, folder: Path, clock: Clock) -> Store:  # noqa: ARG002 - it needs no place
+        from tests.stores.mongo_kit import live_url, open_mongo
+
+        return open_mongo(live_url(), clock)
