@@ -29,20 +29,23 @@ from typing import Any, ClassVar, NamedTuple, cast
 import ledger
 from ledger import Claim, Now, Op, Record, Run, StoreError, Verdict
 from ledger_stores.base import ServerStore
+from ledger_stores.move import SEALED, SHUT, Mark, Side
 
 SCHEMA_VERSION = 1
 #: how many documents are read at once
 _PAGE = 100
 #: how long a look at the ledger's own document holds
-_GATE_MICROS = 10_000_000
+GATE_MICROS = 10_000_000
 #: how many events a document keeps, and how much of what each says
-_LOG, _DETAIL = 100, 200
+LOG, DETAIL = 100, 200
 #: how many documents of open runs a process keeps, and how many numbers it counts on
 _OWN = 10_000
 #: how often an operation is decided anew because somebody else came first
 _TRIES = 1000
+#: what the owner of a run that is open may do although the ledger was sealed
+_GOES_ON = (ledger.Settle, ledger.Renew)
 #: what is counted of an unlimited tool
-_TALLIED = ("ran", "raised")
+TALLIED = ("ran", "raised")
 #: fields of a run that may grow large, and how long one may be in the document of its call
 _TEXTS, _SMALL = ("args", "key", "result", "error", "trace"), 4096
 
@@ -117,7 +120,7 @@ class Document(NamedTuple):
             [_unpacked(call, values) for values in json.loads(fields["rows"])],
             json.loads(fields["log"]),
             fields["first"],
-            _sum_of("blocked", fields),
+            sum_of("blocked", fields),
             fields["forgotten"],
         )
 
@@ -129,14 +132,14 @@ class Document(NamedTuple):
     def after(self, change: ledger.Change, at: int) -> Document:
         """The document after an operation at that time."""
         notes = [
-            [kind, None if kind == "reset" else run.run, at, run.caller, n, detail and detail[:_DETAIL]]
+            [kind, None if kind == "reset" else run.run, at, run.caller, n, detail and detail[:DETAIL]]
             for kind, run, n, detail in change.notes
         ]
         return self._replace(
             version=ledger.new_token(),
             rows=ledger._applied(list(self.rows), change),
-            log=[*self.log, *notes][-_LOG:],
-            first=self.first or _place(at, self.name),
+            log=[*self.log, *notes][-LOG:],
+            first=self.first or place_of(at, self.name),
             forgotten=self.blocked if change.forget else self.forgotten,
         )
 
@@ -158,16 +161,18 @@ class _Elsewhere(str):
     __slots__ = ()
 
 
-def _place(at: int, name: str) -> str:
+def place_of(at: int, name: str) -> str:
+    """Where a document that was first heard of then stands in the lists."""
     return f"{at:020d}-{name}"
 
 
-def _scope(wf: str) -> str:
+def scope_of(wf: str) -> str:
     """A workflow as a short name: what it is called may be long, empty or no text at all."""
     return hashlib.sha256(wf.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def _sum_of(what: str, fields: Fields) -> int:
+def sum_of(what: str, fields: Fields) -> int:
+    """What all who counted that have counted."""
     return sum(n for name, n in fields.items() if name.startswith(f"{what}_"))
 
 
@@ -219,8 +224,9 @@ class DocumentStore(ServerStore):
     def _begin(self) -> None:
         super()._begin()
         self._gate = threading.Lock()
-        self._passed_at = 0
+        self._looked_at = 0
         self._ledger_id = ""
+        self._mark: Mark | None = None
         self._time = ServerClock(self.resolution)
         self._own: dict[str, Document] = {}
         self._sums: dict[tuple[str, str], int] = {}
@@ -240,6 +246,10 @@ class DocumentStore(ServerStore):
         """Put a document where none is, in the list of its scope; the one that stands there then."""
         raise NotImplementedError
 
+    def _listing(self, name: str, scope: str) -> Fields:
+        """The fields by which a document is in the lists."""
+        raise NotImplementedError
+
     def _swap(self, name: str, version: str, fields: Fields) -> Fields | None:
         """Change the document that has that version; what stands there then, None if nothing does."""
         raise NotImplementedError
@@ -248,8 +258,16 @@ class DocumentStore(ServerStore):
         """Set fields of a document that is there, whatever its version; whether it is."""
         raise NotImplementedError
 
-    def _listed(self, kind: str, scope: str | None) -> Iterator[str]:
-        """The names of all documents of a kind (of one scope), by `first`."""
+    def _listed(self, kind: str, scope: str | None, after: str = "") -> Iterator[tuple[str, str]]:
+        """`first` and name of all documents of a kind (of one scope) from a place on, in that order."""
+        raise NotImplementedError
+
+    def _unlisted(self, after: str) -> Iterator[str]:
+        """Names after that one, in the server's order, if a list may lack some that are there."""
+        return iter(())
+
+    def _is_there(self) -> bool:
+        """Whether there is a ledger; makes none."""
         raise NotImplementedError
 
     def _keep_text(self, name: str, text: bytes) -> None:
@@ -266,21 +284,26 @@ class DocumentStore(ServerStore):
 
     # -- the ledger's own document --
 
-    def _pass_gate(self, *, after: int = 0) -> int:
-        """When it was last seen that runs may begin here: later than `after`, and ten seconds ago at most."""
+    def _look_up(self, *, after: int = 0) -> int:
+        """When the ledger's own document was read: later than `after`, and ten seconds ago at most."""
         with self._gate:
             now = boot_micros()
-            if self._passed_at > after and now - self._passed_at < _GATE_MICROS:
-                return self._passed_at
-            is_new, self._passed_at = not self._passed_at, 0
-            self._judge(self._about({"schema": SCHEMA_VERSION, "ledger": ledger.new_token()}))
+            if self._looked_at > after and now - self._looked_at < GATE_MICROS:
+                return self._looked_at
+            is_new, self._looked_at = not self._looked_at, 0
+            self._learn_about(self.about())
             if is_new:
                 me = ledger._me()
                 self._insert(f"process:{me.id}", {"host": me.host, "pid": me.pid})
-            self._passed_at = now
+            self._looked_at = now
             return now
 
-    def _judge(self, about: Fields) -> None:
+    def about(self) -> Fields:
+        """The ledger's own document as it is now; made if there is none."""
+        fresh = {"schema": SCHEMA_VERSION, "ledger": ledger.new_token(), "v": ledger.new_token()}
+        return self._about(fresh)
+
+    def _learn_about(self, about: Fields) -> None:
         where = f"{self.address}: namespace {self.namespace}"
         if about["schema"] > SCHEMA_VERSION:
             raise StoreError(
@@ -293,9 +316,26 @@ class DocumentStore(ServerStore):
                 "the data, or close the store (or restart this program) to begin anew"
             )
         self._ledger_id = about["ledger"]
+        self._mark = Mark.read(about.get("move"))
+
+    def _pass_gate(self, op: Op | _Forget | None = None) -> int:
+        """When it was last seen that this (None: counting) may be done here; `StoreError` if it may not."""
+        looked_at = self._look_up()
+        if self._is_refused(op):  # a look that refuses is never remembered: the ledger may be open by now
+            looked_at = self._look_up(after=boot_micros())
+            self._refuse(op)
+        return looked_at
+
+    def _is_refused(self, op: Op | _Forget | None) -> bool:
+        role = self._mark and self._mark.role
+        return role in SHUT or (role in SEALED and op is not None and not isinstance(op, _GOES_ON))
+
+    def _refuse(self, op: Op | _Forget | None) -> None:
+        if self._mark and self._is_refused(op):
+            raise StoreError(f"{self.address}: {self._mark.refusal}")
 
     def _server_time(self) -> int:
-        self._pass_gate()
+        self._look_up()
         return self._time.now()
 
     def _exact_time(self) -> int:
@@ -309,16 +349,21 @@ class DocumentStore(ServerStore):
 
     def transact(self, op: Op) -> Verdict:
         """Apply one operation to the call as it stands; repeating it after an error is safe."""
-        passed_at = self._pass_gate()
+        looked_at = self._pass_gate(op)
         verdict = self._transact(op)
-        if isinstance(op, Claim) and verdict.kind == "granted" and boot_micros() - passed_at > _GATE_MICROS:
-            # it may have been written long after the look, and runs may begin here no more
-            try:
-                self._pass_gate(after=boot_micros())
-            except StoreError:
-                self.keeper.keep(ledger._not_entered(op, cast("Run", verdict.row).run))
-                raise
+        if not isinstance(op, _GOES_ON) and boot_micros() - looked_at > GATE_MICROS:
+            self._pass_late(op, verdict)
         return verdict
+
+    def _pass_late(self, op: Op, verdict: Verdict) -> None:
+        """It may have been written long after the look, when it was refused already: look again."""
+        try:
+            self._look_up(after=boot_micros())
+            self._refuse(op)
+        except StoreError:
+            if isinstance(op, Claim) and verdict.kind == "granted":
+                self.keeper.keep(ledger._not_entered(op, cast("Run", verdict.row).run))
+            raise
 
     def _transact(self, op: Op | _Forget) -> Verdict:
         name = f"call:{op.call}"
@@ -330,8 +375,9 @@ class DocumentStore(ServerStore):
                 doc = self._document(name)
             change = op.apply(doc.rows, self._now())
             if change.updates or change.insert or change.forget:
-                is_written, stands = self._write(doc, change)
+                is_written, stands = self.write(doc, doc.after(change, self._now().wall))
                 if is_written:
+                    self._remember(stands)
                     return change.verdict if change.forget else self._with_texts(change.verdict)
             elif not is_guess:
                 return self._with_texts(change.verdict)
@@ -341,20 +387,19 @@ class DocumentStore(ServerStore):
             time.sleep(random.uniform(0, min(tries, 50) / 1000))  # noqa: S311 - rivals part
         raise StoreError(f"call {op.call}: {_TRIES} other writers came first; nothing was written")
 
-    def _write(self, doc: Document, change: ledger.Change) -> tuple[bool, Document]:
-        """Write what an operation decided if the call is as it saw it; whether it is, and what stands."""
-        after, moved = self._fitted(doc.after(change, self._now().wall))
+    def write(self, doc: Document, after: Document, more: Fields | None = None) -> tuple[bool, Document]:
+        """Write a document if it is as it was seen, with fields beside it; whether it is, and what stands."""
+        after, moved = self._fitted(after)
+        fields = {**after.fields(), **(more or {})}
         if doc.version:
-            found = self._swap(doc.name, doc.version, after.fields())
+            found = self._swap(doc.name, doc.version, fields)
         else:
-            found = self._insert(doc.name, after.fields(), _scope(after.rows[-1].wf))
+            found = self._insert(doc.name, fields, scope_of(after.rows[-1].wf) if after.rows else "")
         stands = Document.read(doc.name, found)
         is_written = stands.version == after.version
         gone = _elsewhere_in(doc.rows) - _elsewhere_in(after.rows) if is_written else moved
         if gone:
             self._drop_texts(gone)
-        if is_written:
-            self._remember(stands)
         return is_written, stands
 
     def _remember(self, doc: Document) -> None:
@@ -403,6 +448,7 @@ class DocumentStore(ServerStore):
         Raises `InProgress` while one runs, and then none is forgotten; a run that begins meanwhile is
         spared.  `force` forgets what runs too, and it may then run beside itself.
         """
+        self._pass_gate(_Forget("", asked, force, why))
         self.flush()
         asked = self._by_server(asked)
         if not force:
@@ -413,7 +459,7 @@ class DocumentStore(ServerStore):
             self._transact(_Forget(doc.name.partition(":")[2], asked, force, why))
         for name, fields in self._all("tally", wf):
             # not removed: each writer goes on from its own number, and would bring the old counts back
-            sums = {f"forgotten_{kind}": _sum_of(kind, fields) for kind in _TALLIED}
+            sums = {f"forgotten_{kind}": sum_of(kind, fields) for kind in TALLIED}
             self._set(name, {**sums, "created": self._server_time()})
 
     # -- counting --
@@ -446,8 +492,8 @@ class DocumentStore(ServerStore):
         fields |= {"error": json.dumps(error), "touched": now}
         if self._set(name, fields):
             return
-        made = {"about": json.dumps([tool, wf, caller, args]), "created": now, "first": _place(now, name)}
-        self._insert(name, {**made, **fields}, _scope(wf))
+        made = {"about": json.dumps([tool, wf, caller, args]), "created": now, "first": place_of(now, name)}
+        self._insert(name, {**made, **fields}, scope_of(wf))
         self._set(name, fields)  # somebody else may have made it
 
     # -- looking --
@@ -461,8 +507,8 @@ class DocumentStore(ServerStore):
 
     def _all(self, kind: str, wf: str | None) -> Iterator[tuple[str, Fields]]:
         """Every document of a kind (of one workflow), oldest first."""
-        self._pass_gate()
-        names = self._listed(kind, None if wf is None else _scope(wf))
+        self._look_up()
+        names = (name for _, name in self._listed(kind, None if wf is None else scope_of(wf)))
         while page := list(islice(names, _PAGE)):
             found = self._find(page)
             yield from ((name, found[name]) for name in page if name in found)
@@ -487,7 +533,7 @@ class DocumentStore(ServerStore):
 
     def rows(self, call: str) -> list[Run]:
         """All runs of a call, oldest first."""
-        self._pass_gate()
+        self._look_up()
         return [self._whole(run) for run in self._document(f"call:{call}").runs()]
 
     def is_over(self, run: Run) -> bool:
@@ -528,7 +574,7 @@ class DocumentStore(ServerStore):
         if rows := self.rows(call):
             return self.describe(rows)
         found = self._find([f"tally:{call}"]).get(f"tally:{call}")
-        record = found and _tally_from(call, found)
+        record = found and tally_from(call, found)
         return record if record and record.attempts else None
 
     def calls(self, tool: str | None = None, wf: str | None = None) -> Iterator[tuple[Record, list[Run]]]:
@@ -538,7 +584,7 @@ class DocumentStore(ServerStore):
                 rows = [self._whole(run) for run in doc.runs()]
                 yield self.describe(rows), rows
         for name, fields in self._all("tally", wf):
-            record = _tally_from(name.partition(":")[2], fields)
+            record = tally_from(name.partition(":")[2], fields)
             if record.attempts and ledger._is_named(record.tool, tool):
                 yield record, []
 
@@ -565,16 +611,22 @@ class DocumentStore(ServerStore):
                 "tool": last and last.tool, "wf": last and last.wf, "caller": caller, "n": n, "detail": detail,
             }  # fmt: skip
 
+    def as_side(self) -> Side:
+        """This store as one side of a move."""
+        from ledger_stores.move_documents import DocumentSide
+
+        return DocumentSide(self)
+
     def check(self) -> dict[str, Any]:
         """Prove that the store can be read and written; raises `StoreError`."""
         me = f"process:{ledger._me().id}"
-        self._pass_gate(after=boot_micros())
+        self._look_up(after=boot_micros())
         self._set(me, {"checked": self._server_time()})
         return {"store": self.address, "ok": True, "schema": SCHEMA_VERSION}
 
 
-def _tally_from(call: str, fields: Fields) -> Record:
+def tally_from(call: str, fields: Fields) -> Record:
     """The record of an unlimited tool's call from its document, without what a reset forgot."""
-    counts = (_sum_of(kind, fields) - fields.get(f"forgotten_{kind}", 0) for kind in _TALLIED)
+    counts = (sum_of(kind, fields) - fields.get(f"forgotten_{kind}", 0) for kind in TALLIED)
     about, error = json.loads(fields["about"]), json.loads(fields["error"])
     return ledger._record_of_tally((call, *about, *counts, error, fields["created"], fields["touched"]))

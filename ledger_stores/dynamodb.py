@@ -88,7 +88,7 @@ class DynamoStore(DocumentStore):
     def _begin(self) -> None:
         super()._begin()
         self._client: Any = None
-        self._fresh: deque[tuple[int, str, str]] = deque(maxlen=1000)
+        self._fresh: deque[tuple[int, str, str, str]] = deque(maxlen=1000)
 
     @property
     def address(self) -> str:
@@ -105,6 +105,15 @@ class DynamoStore(DocumentStore):
 
     def _open(self) -> Any:
         """A client, with the table there and fit for use."""
+        client = self._connected()
+        try:
+            self._prepare(client)
+        except (exceptions.BotoCoreError, exceptions.ClientError) as error:
+            raise self._translated(error) from error
+        return client
+
+    def _connected(self) -> Any:
+        """A client; it connects when it is first asked."""
         seconds = max(1.0, self.lock_seconds)
         config = Config(
             connect_timeout=min(_CONNECT_SECONDS, seconds),
@@ -114,7 +123,7 @@ class DynamoStore(DocumentStore):
         )
         try:
             # a session of its own: the default one is not for several threads
-            client = boto3.session.Session().client(
+            return boto3.session.Session().client(
                 "dynamodb",
                 region_name=self._options.get("region"),
                 endpoint_url=self._options.get("endpoint_url"),
@@ -124,11 +133,6 @@ class DynamoStore(DocumentStore):
             raise UsageError(f"{self.url}: which region? Say ?region=…, or set AWS_REGION") from error
         except (ValueError, exceptions.BotoCoreError) as error:
             raise UsageError(f"{self.url} cannot be used: {error}") from error
-        try:
-            self._prepare(client)
-        except (exceptions.BotoCoreError, exceptions.ClientError) as error:
-            raise self._translated(error) from error
-        return client
 
     def _prepare(self, client: Any) -> None:
         """Make the table if it is not there, and wait until it can be used; refuse another's."""
@@ -237,11 +241,8 @@ class DynamoStore(DocumentStore):
         return {self._id(item): _fields_of(item) for item in items}
 
     def _insert(self, name: str, fields: Fields, scope: str = "") -> Fields:
-        item = {**self._key(name), **_item_of(fields)}
-        if "first" in fields:
-            kind = name.partition(":")[0]
-            shard = zlib.crc32(name.encode()) % _SHARDS
-            item |= _item_of({"shard": self._list(kind, str(shard)), "scope": self._list(kind, scope)})
+        listing = self._listing(name, scope) if "first" in fields else {}
+        item = {**self._key(name), **_item_of({**fields, **listing})}
         answer = self._do(
             "put_item",
             Item=item,
@@ -252,8 +253,13 @@ class DynamoStore(DocumentStore):
         if "Failed" in answer:
             return _fields_of(answer["Item"])
         if "first" in fields:
-            self._fresh.append((boot_micros(), name, scope))
+            self._fresh.append((boot_micros(), name, fields["first"], scope))
         return fields
+
+    def _listing(self, name: str, scope: str) -> Fields:
+        kind = name.partition(":")[0]
+        shard = zlib.crc32(name.encode()) % _SHARDS
+        return {"shard": self._list(kind, str(shard)), "scope": self._list(kind, scope)}
 
     def _swap(self, name: str, version: str, fields: Fields) -> Fields | None:
         # it is as it was read: no other claim, end, release or reset was written since
@@ -299,41 +305,78 @@ class DynamoStore(DocumentStore):
             for _ in self._do_all("batch_write_item", {self.table: batch}, "UnprocessedItems"):
                 pass
 
-    def _listed(self, kind: str, scope: str | None) -> Iterator[str]:
+    def _listed(self, kind: str, scope: str | None, after: str = "") -> Iterator[tuple[str, str]]:
         """By an index that may be a moment behind, then what this process made in that moment."""
-        fresh = [
-            name
-            for at, name, within in [*self._fresh]
+        fresh = {
+            name: first
+            for at, name, first, within in [*self._fresh]
             if name.startswith(f"{kind}:") and scope in (None, within) and boot_micros() - at < _BEHIND_MICROS
-        ]
-        for name in self._indexed(kind, scope):
-            if name in fresh:
-                fresh.remove(name)
-            yield name
-        yield from fresh
+        }
+        for first, name in self._indexed(kind, scope, after):
+            fresh.pop(name, None)
+            yield first, name
+        yield from ((first, name) for name, first in fresh.items() if first > after)
 
-    def _indexed(self, kind: str, scope: str | None) -> Iterator[str]:
+    def _indexed(self, kind: str, scope: str | None, after: str) -> Iterator[tuple[str, str]]:
         if scope is not None:
-            return (name for _, name in self._query("by_workflow", "scope", self._list(kind, scope)))
-        shards = (self._query("in_order", "shard", self._list(kind, str(n))) for n in range(_SHARDS))
-        return (name for _, name in heapq.merge(*shards))
+            return self._query("by_workflow", "scope", self._list(kind, scope), after)
+        shards = (self._query("in_order", "shard", self._list(kind, str(n)), after) for n in range(_SHARDS))
+        return heapq.merge(*shards)
 
-    def _query(self, index: str, attribute: str, value: str) -> Iterator[tuple[str, str]]:
-        """Place and name of all that one part of an index lists, in order, a page at a time."""
-        after: dict[str, Any] = {}
+    def _query(self, index: str, attribute: str, value: str, after: str) -> Iterator[tuple[str, str]]:
+        """Place and name of all that one part of an index lists from a place on, in order."""
+        asked = {
+            "IndexName": index,
+            "KeyConditionExpression": "#part = :part AND #first > :after",
+            "ExpressionAttributeNames": {"#part": attribute, "#first": "first"},
+            # a key is never empty, and every place is greater than this one
+            "ExpressionAttributeValues": {":part": {"S": value}, ":after": {"S": after or " "}},
+        }
+        return ((item["first"]["S"], self._id(item)) for item in self._paged("query", **asked))
+
+    def _paged(self, operation: str, **asked: Any) -> Iterator[dict[str, Any]]:
+        """All items of a question, a page at a time."""
         while True:
-            found = self._do(
-                "query",
-                IndexName=index,
-                KeyConditionExpression="#part = :part",
-                ExpressionAttributeNames={"#part": attribute},
-                ExpressionAttributeValues={":part": {"S": value}},
-                **after,
-            )
-            yield from ((item["first"]["S"], self._id(item)) for item in found["Items"])
+            found = self._do(operation, **asked)
+            yield from found["Items"]
             if "LastEvaluatedKey" not in found:
                 return
-            after = {"ExclusiveStartKey": found["LastEvaluatedKey"]}
+            asked["ExclusiveStartKey"] = found["LastEvaluatedKey"]
+
+    def _unlisted(self, after: str) -> Iterator[str]:
+        """All of them by a scan, which is never behind; none if an index has as many as there are."""
+        if not after and self._listed_count() == self._scanned_count():
+            return
+        place = {"ExclusiveStartKey": self._key(after)} if after else {}
+        for item in self._paged("scan", **self._scan_of_lists(), **place):
+            yield self._id(item)
+
+    def _listed_count(self) -> int:
+        return sum(1 for kind in ("call", "tally") for _ in self._indexed(kind, None, ""))
+
+    def _scanned_count(self) -> int:
+        return sum(1 for _ in self._paged("scan", **self._scan_of_lists()))
+
+    def _scan_of_lists(self) -> dict[str, Any]:
+        return {
+            "ConsistentRead": True,
+            "FilterExpression": "begins_with(id, :mine) AND attribute_exists(#first)",
+            "ProjectionExpression": "id",
+            "ExpressionAttributeNames": {"#first": "first"},
+            "ExpressionAttributeValues": {":mine": {"S": f"{self.namespace}:"}},
+        }
+
+    def _is_there(self) -> bool:
+        client = self._connected()
+        try:
+            client.describe_table(TableName=self.table)
+        except client.exceptions.ResourceNotFoundException:
+            return False
+        except (exceptions.BotoCoreError, exceptions.ClientError) as error:
+            raise self._translated(error) from error
+        finally:
+            client.close()
+        return bool(self._find(["ledger"]))
 
     # -- long texts --
 
@@ -367,7 +410,7 @@ class DynamoStore(DocumentStore):
         super().close()
         with self._opening:
             client, self._client = self._client, None
-            self._passed_at, self._ledger_id = 0, ""
+            self._looked_at, self._ledger_id = 0, ""
         if client is not None:
             client.close()
 

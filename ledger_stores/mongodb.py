@@ -241,7 +241,10 @@ class MongoStore(DocumentStore):
         asked = boot_micros()
         with self._opened() as db:
             answer = db.firm.aggregate(
-                [{"$match": {"_id": "ledger"}}, {"$project": {"schema": 1, "ledger": 1, "now": "$$NOW"}}]
+                [
+                    {"$match": {"_id": "ledger"}},
+                    {"$project": {"schema": 1, "ledger": 1, "v": 1, "move": 1, "now": "$$NOW"}},
+                ]
             )
             found = next(answer, None)
         if found is not None:
@@ -252,15 +255,18 @@ class MongoStore(DocumentStore):
         with self._opened() as db:
             return {found["_id"]: found for found in db.firm.find({"_id": {"$in": list(ids)}})}
 
+    def _is_there(self) -> bool:
+        return bool(self._find(["ledger"]))
+
     def _insert(self, name: str, fields: Fields, scope: str = "") -> Fields:
-        listed = {"list": name.partition(":")[0], "scope": scope} if "first" in fields else {}
+        listing = self._listing(name, scope) if "first" in fields else {}
         for _ in range(_UPSERTS):
             # of two upserts at once one may be refused; the other is there when it is asked again
             with self._opened() as db, suppress(errors.DuplicateKeyError):
                 # nobody made it: a first claim is granted, all others get what is there
                 found = db.firm.find_one_and_update(
                     {"_id": name},
-                    {"$setOnInsert": {**fields, **listed}},
+                    {"$setOnInsert": {**fields, **listing}},
                     upsert=True,
                     return_document=ReturnDocument.AFTER,
                 )
@@ -271,10 +277,13 @@ class MongoStore(DocumentStore):
             "index of the collection is unique"
         )
 
+    def _listing(self, name: str, scope: str) -> Fields:
+        return {"list": name.partition(":")[0], "scope": scope}
+
     def _swap(self, name: str, version: str, fields: Fields) -> Fields | None:
         with self._opened() as db:
             # what leaves a run open is its claim or keeps it: as firm as that
-            docs = db.firm if fields["status"] == "running" else db.rest
+            docs = db.firm if fields.get("status", "running") == "running" else db.rest
             # it is as it was read: no other claim, end, release or reset was written since
             found = docs.find_one_and_update(
                 {"_id": name, "v": version},
@@ -289,15 +298,14 @@ class MongoStore(DocumentStore):
             # counts belong to a document that is there, whatever became of it since
             return db.rest.update_one({"_id": name}, {"$set": fields}).matched_count > 0
 
-    def _listed(self, kind: str, scope: str | None) -> Iterator[str]:
+    def _listed(self, kind: str, scope: str | None, after: str = "") -> Iterator[tuple[str, str]]:
         part = {"list": kind} if scope is None else {"list": kind, "scope": scope}
-        after = ""
         while True:  # each page is a question of its own: nothing stays open on the server
             with self._opened() as db:
                 page = list(
                     db.firm.find({**part, "first": {"$gt": after}}, ["first"]).sort("first").limit(_PAGE)
                 )
-            yield from (found["_id"] for found in page)
+            yield from ((found["first"], found["_id"]) for found in page)
             if len(page) < _PAGE:
                 return
             after = page[-1]["first"]
@@ -365,7 +373,7 @@ class MongoStore(DocumentStore):
         super().close()
         with self._opening:
             opened, self._open_one = self._open_one, None
-            self._passed_at, self._ledger_id = 0, ""
+            self._looked_at, self._ledger_id = 0, ""
         if opened is not None:
             opened.client.close()
 

@@ -115,6 +115,8 @@ class Side:
     """A store as one side of a move."""
 
     store: SqliteStore | ServerStore
+    #: `entries` tell of every change; else only the calls themselves do
+    has_log = True
 
     @property
     def address(self) -> str:

@@ -418,7 +418,7 @@ def test_wrong_credentials_do_not_show(monkeypatch: pytest.MonkeyPatch, tmp_path
 class Behind(DynamoStore):
     """The store on a table whose indexes have not heard of anything yet, as happens on the real one."""
 
-    def _indexed(self, kind: str, scope: str | None) -> Iterator[str]:  # noqa: ARG002 - whatever is asked for
+    def _indexed(self, kind: str, scope: str | None, after: str) -> Iterator[tuple[str, str]]:  # noqa: ARG002 - whatever is asked for
         return iter(())
 
 

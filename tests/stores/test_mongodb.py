@@ -141,7 +141,10 @@ def runs_in(command: Doc) -> list[Doc]:
 
 LOOK: Doc = {
     "aggregate": "shop",
-    "pipeline": [{"$match": {"_id": "ledger"}}, {"$project": {"schema": 1, "ledger": 1, "now": "$$NOW"}}],
+    "pipeline": [
+        {"$match": {"_id": "ledger"}},
+        {"$project": {"schema": 1, "ledger": 1, "v": 1, "move": 1, "now": "$$NOW"}},
+    ],
     "cursor": {},
     "readConcern": {"level": "majority"},
 }
@@ -169,7 +172,7 @@ def test_opening_makes_what_is_not_there_and_only_looks_where_it_is(server: Stan
     with server.recording() as looking:
         second.check()
 
-    own = insert("ledger", {"schema": 1, "ledger": ANY})
+    own = insert("ledger", {"schema": 1, "ledger": ANY, "v": ANY})
     assert [LOOK, INDEXES, own, LOOK, process, checked] == said(making)
     # check looks once more, because it asks for a look that is later than its own beginning
     assert [LOOK, process, checked] == said(opening)

@@ -1,0 +1,244 @@
+"""A namespace of DynamoDB or MongoDB as one side of a move.
+
+There is no transaction over several documents, so a step writes its calls first and then swaps the mark,
+and all that it writes can be written again.  A mover that was paused in a step, and given up, cannot
+bring back what it held: each call is swapped on the version that it read, and whoever took over has
+written that step anew.
+
+A process looks at the mark every ten seconds, so a step that closes the ledger ends when the last look
+that found it open no longer holds.  A claim that is written later than its look allows is given back
+before its tool is entered (`DocumentStore._pass_late`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import ledger
+from ledger_stores.documents import (
+    DETAIL,
+    GATE_MICROS,
+    LOG,
+    TALLIED,
+    Document,
+    DocumentStore,
+    Fields,
+    place_of,
+    scope_of,
+    tally_from,
+)
+from ledger_stores.move import SEALED, SHUT, Entry, Mark, Side, Tally, Whole, must_step, refuse_full
+
+#: events that a document keeps; the rest are only counted
+_KEPT = frozenset(("claimed", *ledger._NEXT, "late", "released", "resolved", "reset"))
+
+
+class DocumentSide(Side):
+    """One namespace. As a source it has no log of all events, so what changes during a copy shows only in the calls."""
+
+    has_log = False
+
+    def __init__(self, store: DocumentStore) -> None:
+        self.store: DocumentStore = store
+        self._known: set[str] = set()
+        self._open: list[str] | None = None
+
+    # -- looking --
+
+    def exists(self) -> bool:
+        """Whether there is a ledger; never makes one."""
+        return self.store._is_there()
+
+    def is_empty(self) -> bool:
+        """Whether it holds neither a call nor a tally."""
+        return next(self.store.calls(), None) is None
+
+    def mark(self) -> Mark | None:
+        """How it stands in a move; None where it is in none."""
+        return Mark.read(self.store.about().get("move"))
+
+    def names(self, after: str, limit: int, wf: str | None = None) -> list[tuple[str, str]]:
+        """(place, call) of calls after that place, oldest first; those with tallies, and what a list lacked, last."""
+        return [(place, name.partition(":")[2]) for place, name in islice(self._names(after, wf), limit)]
+
+    def _names(self, after: str, wf: str | None) -> Iterator[tuple[str, str]]:
+        scope = None if wf is None else scope_of(wf)
+        part, place = after[:1] or "c", after[1:]
+        for letter, kind in (("c", "call"), ("t", "tally")):
+            if part <= letter:
+                listed = self.store._listed(kind, scope, place if part == letter else "")
+                yield from ((f"{letter}{first}", name) for first, name in listed)
+        if wf is None:
+            yield from ((f"u{name}", name) for name in self.store._unlisted(place if part == "u" else ""))
+
+    def fetch(self, calls: Sequence[str]) -> list[Whole]:
+        """Each of these calls as it is now."""
+        found = self._found("call", calls)
+        tallies = self._found("tally", calls)
+        return [self._whole(call, found.get(f"call:{call}"), tallies.get(f"tally:{call}")) for call in calls]
+
+    def _found(self, kind: str, calls: Sequence[str]) -> dict[str, Fields]:
+        names, found = iter(dict.fromkeys(f"{kind}:{call}" for call in calls)), dict[str, Fields]()
+        while page := list(islice(names, 100)):
+            found |= self.store._find(page)
+        return found
+
+    def _whole(self, call: str, fields: Fields | None, counted: Fields | None) -> Whole:
+        rows = [self.store._whole(run) for run in Document.read(f"call:{call}", fields).runs()]
+        record = counted and tally_from(call, counted)
+        tally: Tally | None = None
+        if record and record.attempts:
+            raised = record.attempts - record.runs
+            tally = (
+                call, record.tool, record.wf, record.caller, record.args_json, record.runs, raised,
+                record.error, record.created, record.touched,
+            )  # fmt: skip
+        owners = sorted({run.owner.partition(".")[0] for run in rows})
+        found = self.store._find([f"process:{name}" for name in owners]) if owners else {}
+        processes = [
+            (name, about["host"], about["pid"], "", "", "")  # it is not known how long such a process lives
+            for name in owners
+            if (about := found.get(f"process:{name}"))
+        ]
+        return Whole(call, rows, tally, processes)
+
+    def open_calls(self) -> list[str]:
+        """The calls that have a RUNNING row; once the ledger is closed they can only become fewer."""
+        if self._open is None:
+            mark = self.mark()
+            self._open = [
+                rows[-1].call for _, rows in self.store.calls() if rows and rows[-1].status == "running"
+            ]
+            if mark is None or not mark.refusal:
+                found, self._open = self._open, None
+                return found
+        docs = [Document.read(name, fields) for name, fields in self._found("call", self._open).items()]
+        self._open = [doc.rows[-1].call for doc in docs if doc.rows and doc.rows[-1].status == "running"]
+        return [*self._open]
+
+    def entries(self, after: int, limit: int) -> list[Entry]:
+        """None: each call keeps its own."""
+        return []
+
+    def last_certain(self) -> int:
+        """0: there is no log of all events."""
+        return 0
+
+    # -- writing --
+
+    def step(
+        self, was: Mark | None, now: Mark, calls: Sequence[Whole] = (), entries: Sequence[Entry] = ()
+    ) -> None:
+        """Make these calls what they are there, tell their events, then set the mark; all can be repeated."""
+        if must_step(self.mark(), was, now, self.address):
+            for whole in calls:
+                self._put(whole, was)
+            self._tell(entries, was)
+            self._set_mark(was, now)
+        if _closes(now) and _closes(now) != _closes(was):
+            time.sleep(GATE_MICROS / 1e6 + 1)  # until nobody goes by an older look
+            if was is None and now.role == "receiving" and not self.is_empty():
+                self.unmark(now)
+                raise refuse_full(self.address)
+
+    def unmark(self, was: Mark) -> None:
+        """Take the mark away, and with it all that it closes."""
+        self._set_mark(was, None)
+
+    def erase(self, was: Mark, now: Mark) -> None:
+        """Forget all calls and tallies, then set the mark; the documents stay, so that no mover finds them absent."""
+        for _, name in list(self._names("", None)):
+            kind, _, call = name.partition(":")
+            nothing = Whole(call, (), None)
+            self._put_rows(nothing, was) if kind == "call" else self._put_tally(nothing)
+        self._set_mark(was, now)
+
+    def _set_mark(self, was: Mark | None, now: Mark | None) -> None:
+        while True:
+            about = self.store.about()
+            if not must_step(Mark.read(about.get("move")), was, now, self.address):
+                return
+            fields = {"v": ledger.new_token(), "move": now.text if now else ""}
+            stands = self.store._swap("ledger", about["v"], fields)
+            if stands and stands["v"] == fields["v"]:
+                return
+
+    def _put(self, whole: Whole, mark: Mark | None) -> None:
+        """Make a call what it is there, unless another mover has come."""
+        if whole.rows or whole.tally is None:
+            self._put_rows(whole, mark)
+        self._put_tally(whole)
+        for name, host, pid, *_ in whole.processes:
+            if name not in self._known:
+                self.store._insert(f"process:{name}", {"host": host, "pid": pid})
+                self._known.add(name)
+
+    def _put_rows(self, whole: Whole, mark: Mark | None) -> None:
+        name = f"call:{whole.call}"
+        rows = [run._replace(mono=0, blocked=0) for run in whole.rows]
+        more: Fields = {"blocked_moved": sum(run.blocked for run in whole.rows)}
+        # whoever made it absent did not know its workflow
+        more |= self.store._listing(name, scope_of(rows[0].wf)) if rows else {"told": 0}
+        while True:
+            doc = self.store._document(name)
+            first = place_of(rows[0].started, name) if rows else doc.first or place_of(0, name)
+            log = doc.log if rows else ()
+            after = doc._replace(version=ledger.new_token(), rows=rows, first=first, forgotten=0, log=log)
+            if self.store.write(doc, after, more)[0]:
+                return
+            must_step(self.mark(), mark, mark, self.address)
+
+    def _put_tally(self, whole: Whole) -> None:
+        name = f"tally:{whole.call}"
+        if whole.tally is None:
+            zero = {f"{kind}_moved": 0 for kind in TALLIED}
+            self.store._set(name, zero)
+            return
+        _, tool, wf, caller, args, ran, raised, error, created, touched = whole.tally
+        fields: Fields = {
+            "about": json.dumps([tool, wf, caller, args]),
+            "error": json.dumps(error),
+            "created": created,
+            "touched": touched,
+            "ran_moved": ran,
+            "raised_moved": raised,
+        }
+        if not self.store._set(name, fields):
+            self.store._insert(name, {**fields, "first": place_of(created, name)}, scope_of(wf))
+
+    def _tell(self, entries: Sequence[Entry], mark: Mark | None) -> None:
+        """Add events to the logs of their calls, each once: a document knows the last that it was told."""
+        told: dict[str, list[Entry]] = {}
+        for entry in entries:
+            if entry.call and entry.kind in _KEPT:
+                told.setdefault(entry.call, []).append(entry)
+        for name, fields in self._found("call", list(told)).items():
+            self._tell_one(name, fields, told[name.partition(":")[2]], mark)
+
+    def _tell_one(
+        self, name: str, fields: Fields | None, entries: Sequence[Entry], mark: Mark | None
+    ) -> None:
+        while fields is not None:
+            doc, last = Document.read(name, fields), fields.get("told", 0)
+            new = [
+                [e.kind, e.run, e.at, e.caller or "", e.n, e.detail and e.detail[:DETAIL]]
+                for e in entries
+                if e.seq > last
+            ]
+            if not new:
+                return
+            after = doc._replace(version=ledger.new_token(), log=[*doc.log, *new][-LOG:])
+            if self.store.write(doc, after, {"told": entries[-1].seq})[0]:
+                return
+            must_step(self.mark(), mark, mark, self.address)
+            fields = self.store._find([name]).get(name)
+
+
+def _closes(mark: Mark | None) -> str:
+    """What a mark closes."""
+    if mark is None:
+        return ""
+    return "new" if mark.role in SEALED else "all" if mark.role in SHUT else ""
