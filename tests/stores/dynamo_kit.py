@@ -6,6 +6,7 @@ import atexit
 import functools
 import logging
 import os
+import threading
 from importlib.metadata import version
 from typing import Any
 from urllib.parse import quote
@@ -22,20 +23,30 @@ def dynamo_url() -> str:
         USED.add(f"DynamoDB at {named}")
         return named
     try:
-        from moto.server import ThreadedMotoServer
+        from moto.moto_server.werkzeug_app import (
+            DomainDispatcherApplication,
+            MotoRequestHandler,
+            create_backend_app,
+        )
+        from werkzeug.serving import make_server
     except ImportError as error:
         missing("DynamoDB", str(error))
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     os.environ.setdefault("AWS_ACCESS_KEY_ID", "tests")
     os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "tests")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    atexit.register(server.stop)
+    app, turn = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+    def one_by_one(environ: Any, start_response: Any) -> Any:
+        """The server checks a condition and writes in two steps, where DynamoDB does it in one."""
+        with turn:
+            return app(environ, start_response)
+
+    server = make_server("127.0.0.1", 0, one_by_one, threaded=True, request_handler=MotoRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    atexit.register(server.shutdown)
     USED.add(f"DynamoDB as moto {version('moto')} plays it, over boto3 {version('boto3')}")
-    host, port = server.get_host_and_port()
-    return (
-        f"dynamodb://ledger-tests?region=eu-central-1&endpoint_url={quote(f'http://{host}:{port}', safe='')}"
-    )
+    there = quote(f"http://127.0.0.1:{server.server_port}", safe="")
+    return f"dynamodb://ledger-tests?region=eu-central-1&endpoint_url={there}"
 
 
 class ClockedDynamo(DynamoStore):
