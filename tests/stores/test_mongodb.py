@@ -704,8 +704,8 @@ def test_another_value_under_one_key_is_a_conflict(anywhere: MongoStore) -> None
 
 
 def test_calls_too_large_for_one_answer_are_listed_all_the_same(anywhere: MongoStore) -> None:
-    """Documents of 20 MB in all come in more than one answer."""
-    results = [json.dumps(str(n) * 3_900_000) for n in range(5)]
+    """Documents of 18 MB in all come in more than one answer."""
+    results = [json.dumps(chr(97 + n) * 900_000) for n in range(20)]
     for number, result in enumerate(results):
         anywhere.transact(settle(granted(anywhere, call=f"c{number}"), result=result))
 
