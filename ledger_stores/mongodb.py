@@ -15,9 +15,9 @@ majority has (`readConcern: "majority"`, from the primary), so:
     a full disk              claims are refused and no tool runs; ends are tried until there is room
     a clock that is wrong    the caller's changes nothing; see below for the servers'
 
-`sync="claim"` waits for the majority where a run begins or goes on, and for one server elsewhere: a
-fail-over may then forget an end, and the run is in doubt.  `sync="off"` waits for one server only: a
-fail-over may forget claims, and their tools run again.
+`sync="claim"` waits for the majority where a run begins or goes on, and elsewhere for the memory of one
+server: when that ends an outcome may be forgotten, and the run is in doubt.  `sync="off"` waits for no
+more than that at all: a claim may be forgotten, and its tool runs again.
 
 Each operation is one `findAndModify` of one document.  The driver sends what had no answer once more
 (`retryWrites`); whoever repeats an operation after an error finds what it wrote by its token.  So an
@@ -32,7 +32,7 @@ former primary until the next look: leases must be longer than the servers' cloc
 
 Duplicates that wait are found by polling with back-off, one poller per process however many wait.  Once
 its pauses are long a change stream ends them early, where the server has one and the account may use it.
-Texts that make a call larger than 4 MB lie in `<namespace>.texts`, written before
+Texts that make a call larger than 1 MB lie in `<namespace>.texts`, written before
 the document that names them.  No log of all events is kept: each call keeps the newest of its own.
 """
 
@@ -119,7 +119,8 @@ class _Opened(NamedTuple):
 class MongoStore(DocumentStore):
     """Calls in one collection of a MongoDB database; `namespace` is the collection's name."""
 
-    room: ClassVar[int] = 4_000_000
+    #: of 16 MB, because a list reads a hundred documents at once
+    room: ClassVar[int] = 1_000_000
     resolution: ClassVar[int] = 1_000
 
     def __init__(
@@ -145,7 +146,7 @@ class MongoStore(DocumentStore):
         self._inherited: list[_Opened] = []
         super().__init__(url, namespace=namespace, clock=clock)
         self.sync = sync
-        self.lock_seconds = lock_seconds
+        self.lock_seconds = max(1.0, lock_seconds)
 
     def _begin(self) -> None:
         super()._begin()
@@ -168,16 +169,18 @@ class MongoStore(DocumentStore):
     def _opened(self) -> Iterator[_Opened]:
         """What is open, for one command; the driver's errors come out in our words."""
         try:
-            if self._open_one is None:
+            opened = self._open_one
+            if opened is None:
                 with self._opening:
-                    self._open_one = self._open_one or self._open()
-            yield self._open_one
+                    opened = self._open_one = self._open_one or self._open()
+            yield opened
         except (errors.PyMongoError, BSONError) as error:
             raise self._translated(error) from error
 
     def _open(self) -> _Opened:
         """A client; it connects when it is first asked."""
-        millis = int(max(1.0, self.lock_seconds) * 1000)
+        millis = int(self.lock_seconds * 1000)
+        majority = WriteConcern("majority", wtimeout=millis, j=True)
         try:
             client: pymongo.MongoClient[dict[str, Any]] = pymongo.MongoClient(
                 self.url,
@@ -195,9 +198,7 @@ class MongoStore(DocumentStore):
                 codec_options=CodecOptions(tz_aware=True),
                 read_preference=ReadPreference.PRIMARY,
                 read_concern=ReadConcern("majority" if self.sync == "full" else "local"),
-                write_concern=WriteConcern("majority", wtimeout=millis, j=True)
-                if self.sync != "off"
-                else WriteConcern(w=1),
+                write_concern=WriteConcern(w=1) if self.sync == "off" else majority,
             )
         except (errors.ConfigurationError, errors.InvalidName, ValueError, TypeError) as error:
             raise UsageError(f"{self.address}: pymongo cannot use this URL: {error}") from error
@@ -209,11 +210,8 @@ class MongoStore(DocumentStore):
     def _translated(self, error: Exception) -> StoreError:
         """An error of the driver in our words; the server's own may quote arguments, and stay in the cause."""
         code = getattr(error, "code", None) or 0
-        what, advice = "it was refused", _ADVICE.get(code, "see the cause of this error")
-        for kind, *said in _FAULTS:
-            if isinstance(error, kind):
-                what, advice = said
-                break
+        refused = "it was refused", _ADVICE.get(code, "see the cause of this error")
+        what, advice = next((said for kind, *said in _FAULTS if isinstance(error, kind)), refused)
         details = getattr(error, "details", None) or {}
         name = " ".join(map(str, filter(None, (type(error).__name__, code, details.get("codeName")))))
         told = StoreError(f"{self.address}: {what.format(self.lock_seconds)} ({name}); {advice}")

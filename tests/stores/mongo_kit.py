@@ -38,7 +38,7 @@ _HEAD = struct.Struct("<iiii")
 _OP_REPLY, _OP_QUERY, _OP_MSG = 1, 2004, 2013
 #: documents and bytes of a first answer, as the real one's
 _BATCH, _BATCH_BYTES = 101, 16_000_000
-_TALK = ("hello", "ismaster", "ping", "endSessions")
+_TALK = ("hello", "ismaster", "ping")
 _AWARE: CodecOptions[Doc] = CodecOptions(tz_aware=True)
 
 
@@ -246,6 +246,9 @@ class StandIn:
         [asked] = command["deletes"]
         delete = documents.delete_one if asked["limit"] else documents.delete_many
         return {"n": delete(asked["q"]).deleted_count}
+
+    def _do_endSessions(self, _: Any, __: Doc) -> Doc:  # noqa: N802 - its name on the wire
+        return {}
 
     def _do_insert(self, documents: Any, command: Doc) -> Doc:
         documents.insert_many(command["documents"])
