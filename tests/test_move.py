@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from ledger import Guard, InProgress, Run, SqliteStore, StoreError
+from ledger import Guard, InProgress, Renew, Run, SqliteStore, StoreError
 from ledger_ops.doctor import moving
 from ledger_ops.move import Move
 from ledger_ops.reader import reader_of
@@ -136,10 +136,12 @@ def test_what_changes_during_the_copy_goes_along(pair: tuple[str, str], tmp_path
         guard.flush()
 
     with sides(source, target) as (here, there):
-        found = Move(here, there, progress=Progress(tell=meddle)).run()
+        steps = Progress(tell=meddle)
+        found = Move(here, there, progress=steps).run()
         assert held(here) == held(there)
     guard.close()
     assert pages > 2
+    assert 60 == steps.done  # the events told all: nothing had to be copied again as a whole
     assert 60 - 20 + 4 == found.calls
 
 
@@ -445,7 +447,10 @@ def test_an_end_after_a_takeover_at_the_target_is_late_there(kind: str, tmp_path
     source, target = places((kind, "redis" if kind == "sqlite" else "sqlite"), tmp_path)
     with sides_of_new(source, target) as (here, there):
         run_one = granted(here.store, lease=0)
-        Move(here, there).run()
+        again = Renew(claim("c", token=run_one.owner, lease=0), 1)
+        Move(here, there, progress=Progress(tell=lambda _: here.store.transact(again))).run()
+        assert run_one.lease < here.store.rows("c")[0].lease
+        assert held(here) == held(there)
         run_two = granted(there.store)
         here.store.transact(settle(run_one, result="1"))
 
