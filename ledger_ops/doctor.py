@@ -33,7 +33,7 @@ def doctor(url: str | None = None) -> list[Finding]:
         ]
     try:
         looked = _findings(store) if isinstance(store, SqliteStore) else _findings_of_server(store)
-        return [Finding("open", ok=True, what=store.address), *_moving(store), *looked]
+        return [Finding("open", ok=True, what=store.address), *moving(store), *looked]
     except LedgerError as error:
         return [
             Finding("read", ok=False, what=str(error), advice="stop what writes to it, and restore a backup")
@@ -42,7 +42,7 @@ def doctor(url: str | None = None) -> list[Finding]:
         store.close()
 
 
-def _moving(store: AnyStore) -> Iterator[Finding]:
+def moving(store: AnyStore) -> Iterator[Finding]:
     """How it stands in a move, if that closes it or is still under way."""
     mark = side_of(store).mark()
     if mark is None or mark.role == "arrived":

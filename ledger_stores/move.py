@@ -7,6 +7,13 @@
     target   (none) → receiving → arrived                       arrived closes nothing
                           ↓ a move that is cancelled
                       cancelled → receiving …
+
+What a mark closes is refused with a `StoreError` that says the mark's `refusal`, in every process:
+
+- `sealed`, `moved`: a claim that would insert a run (also by takeover or force), release, resolve, reset of a call
+  or a scope. What belongs to runs that are open goes on: renew, a claim repeated with its token, settle, a late
+  end. Counting goes on, and duplicates of what is done are answered.
+- `receiving`, `cancelled`: whatever would write a row, a tally or an event. What is known may be answered.
 """
 
 from __future__ import annotations
@@ -22,9 +29,10 @@ if TYPE_CHECKING:
     from ledger import SqliteStore
     from ledger_stores.base import ServerStore
 
-#: which ones close a ledger: `sealed` and `moved` to new runs and decisions, the others to all writing
 Role = Literal["leaving", "sealed", "moved", "receiving", "arrived", "cancelled"]
+#: closed to new runs and decisions
 SEALED: tuple[Role, ...] = ("sealed", "moved")
+#: closed to all writing but a mover's
 SHUT: tuple[Role, ...] = ("receiving", "cancelled")
 #: events of what a sealed ledger refuses: each is written in the transaction of what it tells of
 REFUSED_KINDS = ("claimed", "released", "resolved", "reset")

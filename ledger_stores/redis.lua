@@ -16,8 +16,9 @@
 --   call:<call>       hash, all that is known of one call:
 --                       head              "latest first won counted": the number of its newest run (1 to
 --                                         latest are all there, but for what was pruned before a move); the
---                                         number of the event of its first claim, its place in the lists; the newest run that had its effect (success or
---                                         late success); "run:time …" of the successes that are not released
+--                                         number of the event of its first claim, its place in the lists; the
+--                                         newest run that had its effect (success or late success); "run:time …"
+--                                         of the successes that are not released
 --                       owner:<token>     the run of that claim, where it is not the newest
 --                       <run>:row         JSON object of strings: tool wf caller owner started lease
 --                                         status ended closed_by released forced late late_at
@@ -49,13 +50,13 @@ if operation ~= 'open' and id ~= ARGV[2] then
 end
 
 -- a ledger that is closed for a move: what it refuses is decided where a run would start, or before a change
-local function refused()
+local function no_entry()
   return {'closed', string.sub(closed, 5)}
 end
 
-if closed and string.sub(closed, 1, 3) == 'all'
-    and string.find(' claim settle renew count release resolve reset reset_scope ', ' ' .. operation .. ' ', 1, true) then
-  return refused()
+local writing = ' claim settle renew count release resolve reset reset_scope '
+if closed and string.sub(closed, 1, 3) == 'all' and string.find(writing, ' ' .. operation .. ' ', 1, true) then
+  return no_entry()
 end
 
 -- ── looking at one call ───────────────────────────────────────────────────────────────
@@ -361,7 +362,7 @@ local function claim(name, token, tool, wf, caller, max, ttl, lease, on_doubt, f
     local kind, run = refusal(last, max, ttl, on_doubt, answered, given_as('matched', given))
     if kind then return told(kind, run) end
   end
-  if closed then return refused() end
+  if closed then return no_entry() end
   local run, anchor = latest + 1, won + 1
   local row = {tool = tool, wf = wf, caller = caller, owner = token, started = as_text(now), lease = lease,
     status = 'running', forced = forced == '1' and '1' or nil}
@@ -498,7 +499,7 @@ local function seen(name, run, owner)
   return last
 end
 
-if closed and (operation == 'release' or operation == 'resolve' or operation == 'reset') then return refused() end
+if closed and (operation == 'release' or operation == 'resolve' or operation == 'reset') then return no_entry() end
 
 local function release(name, token, seen_run, seen_owner, max, ttl, why)
   local last, refused = seen(name, seen_run, seen_owner)
@@ -625,7 +626,7 @@ end
 local function reset_scope(scope, wf, asked, after, limit, forced, detail)
   local suffix = scope == 'all' and '' or ':' .. wf
   local calls, tallies = prefix .. 'calls' .. suffix, prefix .. 'tallies' .. suffix
-  if closed then return refused() end
+  if closed then return no_entry() end
   if after == '0' then
     local alive = forced == '0' and live_in(calls)
     if alive then
