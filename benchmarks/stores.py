@@ -152,19 +152,15 @@ def per_second(make: Callable[[], Callable[[str], object]], callers: int, orders
 @contextmanager
 def round_trips(store: Any) -> Iterator[list[int]]:
     """How often the store asks its server."""
-    asked = [0]
-    names = [name for name in ("_ask", "_look") if hasattr(store, name)]
-    before = {name: getattr(store, name) for name in names}
+    asked, insist = [0], store._insist
 
-    def counted(ask: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def counted(perform: Callable[..., Any], *values: Any) -> Any:
         asked[0] += 1
-        return ask(*args, **options)
+        return insist(perform, *values)
 
-    for name in names:
-        setattr(store, name, functools.partial(counted, before[name]))
+    store._insist = counted
     yield asked
-    for name in names:
-        delattr(store, name)
+    del store._insist
 
 
 def bench(what: str, url: str, floor: Side) -> bool:

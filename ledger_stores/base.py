@@ -14,13 +14,17 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import ledger
-from ledger import Claim, Clock, Now, Op, Record, Run, Store, UsageError
+from ledger import Claim, Clock, Now, Op, Record, Run, Settle, Store, UsageError, Verdict
 
 #: how soon the one who looks for all that wait looks again, at first and in the end
 _FIRST_LOOK, _LAST_LOOK = 0.02, 1.0
 #: how many counts are written at once
 _COUNTS = 250
+#: how many calls that succeeded a process remembers
+_SUCCEEDED = 10_000
 Count = tuple[str, int, str, str, str, str, str | None, str | None]
+#: status, released, result and number of a run
+Brief = tuple[str, int, str | None, int]
 
 
 def without_password(url: str) -> str:
@@ -57,8 +61,52 @@ class ServerStore(Store):
         self._counting = threading.RLock()
         self._writer, self._batch = ledger.new_token(), 0
         self._watcher = _Watcher(self)
+        #: calls that were seen to succeed, with the run that did and its owner
+        self._succeeded: dict[str, tuple[int, str]] = {}
         self._offset = 0.0
         self._offset_at = 0.0
+
+    # -- operations --
+
+    def transact(self, op: Op) -> Verdict:
+        """Apply one operation in one round trip; repeating it after an error is safe."""
+        verdict = self._apply(op)
+        if verdict.kind == "settled" and isinstance(op, Settle) and op.status == "success":
+            self._remember(op.call, op.run, op.claim.token)
+        elif verdict.kind == "done" and verdict.row is not None:
+            self._remember(op.call, verdict.row.run, verdict.row.owner)
+        return verdict
+
+    def _apply(self, op: Op) -> Verdict:
+        """Send the operation and read its verdict."""
+        raise NotImplementedError
+
+    # -- duplicates of what this process made or saw --
+
+    def _remember(self, call: str, run: int, owner: str) -> None:
+        if len(self._succeeded) >= _SUCCEEDED:
+            self._succeeded.clear()
+        self._succeeded[call] = run, owner
+
+    def quick(self, call: str) -> Sequence[Brief]:
+        """The run of a call that was seen to succeed, if it still answers a duplicate, by a plain read.
+
+        Of other calls nothing: the claim itself tells a duplicate why it lost, in the same round trip.
+        What is remembered only chooses the question, never the answer: the call may be reset elsewhere.
+        """
+        seen = self._succeeded.get(call)
+        runs = self._reread(call, *seen) if seen else ()
+        if seen and not (runs and runs[-1][:2] == ("success", 0)):
+            self._succeeded.pop(call, None)
+        return runs
+
+    def _reread(self, call: str, run: int, owner: str) -> Sequence[Brief]:
+        """Status, released, result and number of the newest run; nothing if it is not that run of that owner."""
+        raise NotImplementedError
+
+    async def quick_async(self, call: str) -> Sequence[Brief]:
+        """`quick` without blocking the event loop."""
+        return await super().quick_async(call) if call in self._succeeded else ()
 
     # -- counting: buffered --
 
@@ -91,14 +139,6 @@ class ServerStore(Store):
         return super().describe(rows, sum(r.blocked for r in rows) + waiting if blocked is None else blocked)
 
     # -- duplicates that wait --
-
-    def quick(self, call: str) -> Sequence[tuple[str, int, str | None, int]]:
-        """Nothing: the claim itself tells a duplicate why it lost, in the same round trip."""
-        return ()
-
-    async def quick_async(self, call: str) -> Sequence[tuple[str, int, str | None, int]]:
-        """Nothing, without a thread."""
-        return ()
 
     def pause(self, waited: float) -> float:
         """Long: whoever waits is woken."""
@@ -244,10 +284,10 @@ def run_from(row: dict[str, Any]) -> Run:
     return Run(**{name: row[name] for name in Run._fields})
 
 
-def verdict_from(found: dict[str, Any], op: Op | None = None) -> ledger.Verdict:
+def verdict_from(found: dict[str, Any], op: Op | None = None) -> Verdict:
     """The verdict that a server gave as JSON; of a claim that it granted only the number and the time."""
     row, closed = found.get("row"), found.get("closed")
     run = run_from(row) if row else None
     if found["kind"] == "granted" and isinstance(op, Claim):
         run = op.first_row(found["now"], 0)._replace(run=found["run"], mono=0)
-    return ledger.Verdict(found["kind"], run, run_from(closed) if closed else None, found["anchor"])
+    return Verdict(found["kind"], run, run_from(closed) if closed else None, found["anchor"])

@@ -42,7 +42,7 @@ import redis
 
 import ledger
 from ledger import Claim, Clock, Now, Op, Record, Run, StoreError, UsageError, Verdict
-from ledger_stores.base import ServerStore, without_password
+from ledger_stores.base import Brief, ServerStore, without_password
 
 T = TypeVar("T")
 _SCHEMA_VERSION = 1
@@ -251,8 +251,7 @@ class RedisStore(ServerStore):
 
     # -- operations --
 
-    def transact(self, op: Op) -> Verdict:
-        """Apply one operation in one round trip; repeating it after an error is safe."""
+    def _apply(self, op: Op) -> Verdict:
         asked = self._words(op)
         waits = self.sync == "full" or (self.sync == "claim" and isinstance(op, Claim))
         return self._verdict(op, self._ask(*asked, replicas=self.replicas if waits else 0))
@@ -314,6 +313,15 @@ class RedisStore(ServerStore):
     def rows(self, call: str) -> list[Run]:
         """All runs of a call, oldest first."""
         return _rows_from(call, self._look(("HGETALL", f"{self._prefix}call:{call}"))[0])
+
+    def _reread(self, call: str, run: int, owner: str) -> Sequence[Brief]:
+        fields = ("head", f"{run}:row", f"{run}:result")
+        head, row, result = self._look(("HMGET", f"{self._prefix}call:{call}", *fields))[0]
+        if head is None or row is None or not head.startswith(b"%d " % run):
+            return ()
+        told = json.loads(row)  # the owner says that this is the ledger that was opened, not one begun anew
+        known = (told["status"], int(told.get("released", 0)), _or_none(result), run)
+        return (known,) if told["owner"] == owner else ()
 
     def _exact_time(self) -> int:
         return int(self._ask("now"))

@@ -404,3 +404,66 @@ def test_settling_in_a_full_pool_waits_its_turn(namespace: str) -> None:
 
     assert ["settled"] * 32 == in_parallel(32, work)
     store.close()
+
+
+def test_a_server_that_takes_no_more_connections_is_shared(namespace: str) -> None:
+    """A role that may connect twice serves more threads than that: all calls are made, none fails."""
+    PostgresStore(postgres_url(), namespace=namespace).check()
+    with psycopg.connect(postgres_url(), autocommit=True) as db:
+        db.execute(f"CREATE ROLE {namespace} LOGIN CONNECTION LIMIT 2")
+        db.execute(f"GRANT USAGE ON SCHEMA {namespace} TO {namespace}")
+        db.execute(f"GRANT ALL ON ALL TABLES IN SCHEMA {namespace} TO {namespace}")
+        store = PostgresStore(
+            postgres_url().replace("postgres:@", f"{namespace}:@"), namespace=namespace, connections=8
+        )
+
+        kinds = in_parallel(8, lambda n: [store.transact(claim(f"c{n}-{i}")).kind for i in range(20)])
+
+        store.close()
+        eventually(functools.partial(is_dropped, db, namespace))
+    assert [["granted"] * 20] * 8 == kinds
+
+
+def is_dropped(db: psycopg.Connection, role: str) -> bool:
+    """Drop a role with what it may do, once nobody is connected as it."""
+    if db.execute("SELECT 1 FROM pg_stat_activity WHERE usename = %s", (role,)).fetchone():
+        return False
+    db.execute(f"DROP OWNED BY {role}")
+    db.execute(f"DROP ROLE {role}")
+    return True
+
+
+def test_whoever_waits_too_long_for_a_connection_is_told(namespace: str) -> None:
+    """With all connections busy for `lock_seconds` the call is refused; it is made once one is free."""
+    store = PostgresStore(postgres_url(), namespace=namespace, connections=1, lock_seconds=0.2)
+    store.check()
+    busy = threading.Thread(target=lambda: store.browse("SELECT pg_sleep(2)"))
+    busy.start()
+    try:
+        with psycopg.connect(postgres_url(), autocommit=True) as db:
+            eventually(lambda: db.execute(_SLEEPS).fetchone() is not None)
+        with pytest.raises(StoreError, match=r"all 1 connections were busy for 0\.2 s; nothing was asked"):
+            store.transact(claim())
+    finally:
+        busy.join()
+
+    assert "granted" == store.transact(claim()).kind
+    store.close()
+
+
+_SLEEPS = "SELECT 1 FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(2)' AND state = 'active'"
+
+
+def test_a_statement_that_is_interrupted_harms_no_later_one(namespace: str) -> None:
+    """Ctrl-C while a claim waits for the server: the next question gets its own answer."""
+    store = PostgresStore(postgres_url(), namespace=namespace, connections=1)
+    store.check()
+    with psycopg.connect(postgres_url()) as other:
+        other.execute(f"LOCK TABLE {namespace}.runs")
+        threading.Timer(0.5, lambda: signal.raise_signal(signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            store.transact(claim())
+
+    assert "granted" == store.transact(claim("d")).kind
+    assert "settled" == store.transact(settle(store.rows("d")[0])).kind
+    store.close()
