@@ -200,26 +200,20 @@ class PostgresStore(ServerStore):
     ) -> list[bytes | None]:
         return db.first_row(statement, values, prepares=self._prepares)
 
-    def _call(self, name: str, *values: Any, op: Op | None = None, durable: bool = True) -> Verdict:
-        """One of the functions; what need not be durable does not wait for the server's disk."""
+    def _call(self, name: str, *values: Any, durable: bool = True) -> Verdict:
+        """The verdict of one of the functions."""
         marks = ", ".join(f"${n + 1}" for n in range(len(values)))
-        lax = "" if durable else ", set_config('synchronous_commit', 'off', true)"
-        found = self._ask_often(f"SELECT :ns.{name}({marks}){lax}", *values)
-        return verdict_from(json.loads(found[0] or b""), op)
+        found = self._ask_often(f"SELECT :ns.{name}({marks})" + _unless(durable), *values)
+        return verdict_from(json.loads(found[0] or b""))
 
     # -- operations --
 
     def _apply(self, op: Op) -> Verdict:
         if isinstance(op, ledger.Claim):
-            seen = op.not_done or (None, None)
-            return self._call(
-                "claim", op.call, op.token, op.tool, op.wf, op.caller, op.key, op.args, op.matched, op.max,
-                op.ttl, op.lease, op.on_doubt, int(op.forced), *seen, op=op, durable=self.sync != "off",
-            )  # fmt: skip
+            return self._claim(op)
         if isinstance(op, ledger.Settle):
-            ending = (op.status, op.result, op.error, op.trace)
-            durable = self.sync == "full"
-            return self._call("settle", op.call, op.run, op.claim.token, *ending, durable=durable)
+            found = self._ask_often(_SETTLE + _unless(self.sync == "full"), *_settle_values(op))
+            return verdict_from(json.loads(found[0])) if found[0] else Verdict("settled")
         if isinstance(op, ledger.Renew):
             return self._call("renew", op.call, op.run, op.claim.token, op.claim.lease, durable=False)
         if isinstance(op, ledger.Release):
@@ -228,19 +222,31 @@ class PostgresStore(ServerStore):
             return self._call("resolve", *op)
         return self._call("reset_call", op.call, self._by_server(op.asked))
 
+    def _claim(self, op: ledger.Claim) -> Verdict:
+        seen = op.not_done or (None, None)
+        started, told = self._ask_often(
+            _CLAIM + _unless(self.sync != "off"),
+            op.call, op.token, op.tool, op.wf, op.caller, op.key, op.args, op.matched, op.max, op.ttl,
+            op.lease, op.on_doubt, int(op.forced), *seen,
+        )[:2]  # fmt: skip
+        if told is not None:
+            return verdict_from(json.loads(told), op)
+        return Verdict("granted", op.first_row(int(started or 0), 0)._replace(mono=0))
+
     def perform_on(self, connection: Any, op: Op) -> Verdict:
         """Apply one operation inside the transaction that is open on a user's connection."""
         if not isinstance(op, ledger.Settle):
             raise UsageError("only a settlement belongs into a user's transaction")
-        values = [op.call, op.run, op.claim.token, op.status, op.result, op.error, op.trace]
-        sql = f"SELECT {self.namespace}.settle(%s, %s, %s, %s, %s, %s, %s)"
-        with connection.cursor(row_factory=tuple_row) as cursor:
-            return verdict_from(cursor.execute(sql, [_clean(v) for v in values]).fetchone()[0])
+        with psycopg.RawCursor(connection, row_factory=tuple_row) as cursor:
+            cursor.execute(_SETTLE.replace(":ns", self.namespace), [_clean(v) for v in _settle_values(op)])
+            [told, *_] = cursor.fetchone() or (None,)
+        return verdict_from(told) if told else Verdict("settled")
 
     def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
         items = json.dumps([[_clean(v) for v in item] for item in sums])
-        sql = "SELECT :ns.count($1, $2, $3), set_config('synchronous_commit', 'off', true)"
-        self._ask_often(sql, self._writer, self._batch, items)
+        self._ask_often(
+            "SELECT :ns.count($1, $2, $3)" + _unless(durable=False), self._writer, self._batch, items
+        )
 
     def reset(self, wf: str | None, asked: int, *, force: bool = False, why: str = "") -> None:
         """Forget every call of a workflow (None: of all) in one transaction.
@@ -534,6 +540,15 @@ class _Connections:
         self.drop_idle()
 
 
+def _settle_values(op: ledger.Settle) -> tuple[Any, ...]:
+    return op.call, op.run, op.claim.token, op.status, op.result, op.error, op.trace
+
+
+def _unless(durable: object) -> str:
+    """What ends a statement that does not wait for the server's disk."""
+    return "" if durable else ", set_config('synchronous_commit', 'off', true)"
+
+
 def _is_broken(error: Exception) -> bool:
     """Whether the connection is gone, rather than the statement refused."""
     state = getattr(error, "sqlstate", None)
@@ -564,6 +579,30 @@ def _clean(value: Any) -> Any:
     return value.replace("\0", "\u2400") if isinstance(value, str) else value
 
 
+#: a first claim, in a transaction of its own; anything else is judged by the function
+_CLAIM = """
+WITH made AS (
+  INSERT INTO :ns.runs (call, run, tool, wf, caller, owner, key, args, matched, started, lease, forced)
+  SELECT $1, 1, $3, $4, $5, $2, $6, $7, $8, now, now + $11, $13 FROM :ns.now_us() AS now
+   WHERE NOT EXISTS (SELECT FROM :ns.runs WHERE call = $1)
+  ON CONFLICT DO NOTHING
+  RETURNING started),
+noted AS (
+  INSERT INTO :ns.events (seq, call, run, kind, at, tool, wf, caller)
+  SELECT pg_current_xact_id()::text::bigint * 4096 + 1, $1, 1, 'claimed', started, $3, $4, $5 FROM made)
+SELECT (SELECT started FROM made), CASE WHEN NOT EXISTS (SELECT FROM made) THEN
+  :ns.claim($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15) END"""
+#: the end of a run that is open; if there is none, why
+_SETTLE = """
+WITH ended AS (
+  UPDATE :ns.runs SET status = $4, ended = :ns.now_us(), closed_by = $3, result = $5, error = $6, trace = $7
+   WHERE call = $1 AND run = $2 AND owner = $3 AND status = 'running'
+  RETURNING ended, tool, wf, caller),
+noted AS (
+  INSERT INTO :ns.events (seq, call, run, kind, at, tool, wf, caller, detail)
+  SELECT :ns.next_event(), $1, $2, $4, ended, tool, wf, caller, $6 FROM ended)
+SELECT CASE WHEN NOT EXISTS (SELECT FROM ended) THEN :ns.settle_late($1, $3, $4, $5, $6) END,
+       CASE WHEN EXISTS (SELECT FROM :ns.waiting WHERE call = $1) THEN :ns.wake($1) END"""
 _STILL_DONE = """
 SELECT result FROM (SELECT * FROM :ns.runs WHERE call = $1 ORDER BY run DESC LIMIT 1) AS newest
  WHERE run = $2 AND owner = $3 AND status = 'success' AND released = 0
