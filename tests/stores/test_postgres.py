@@ -153,6 +153,34 @@ def test_a_callers_clock_changes_nothing(namespace: str, days: int) -> None:
     wrong.close()
 
 
+@pytest.mark.parametrize("how", ["settles", "renews"])
+def test_a_takeover_waits_for_an_owner_that_comes_back_at_that_moment(namespace: str, how: str) -> None:
+    """The lease has lapsed, and its owner's word is on its way to the disk: the claim judges what it says."""
+    store = PostgresStore(postgres_url(), namespace=namespace)
+    run = store.transact(claim(lease=1000)).row
+    assert run is not None
+    eventually(functools.partial(store.is_over, run))
+    found: list[str] = []
+    with psycopg.connect(postgres_url()) as owner:
+        if how == "settles":
+            store.perform_on(owner, settle(run))
+        else:
+            owner.execute(f"SELECT {namespace}.renew('c', 1, %s, 60000000)", (run.owner,))
+        rival = threading.Thread(target=lambda: found.append(store.transact(claim()).kind))
+        rival.start()
+        with psycopg.connect(postgres_url(), autocommit=True) as db:
+            eventually(lambda: db.execute(_WAITS, (f"%{namespace}.claim%",)).fetchone() is not None)
+        owner.commit()
+    rival.join()
+
+    assert ["done" if how == "settles" else "live"] == found
+    assert [1] == [row.run for row in store.rows("c")]
+    store.close()
+
+
+_WAITS = "SELECT 1 FROM pg_stat_activity WHERE query LIKE %s AND wait_event_type = 'Lock'"
+
+
 def test_waiting_duplicates_are_woken(guard: Guard) -> None:
     """Many that wait for one slow run get its result soon after it ends, with one looker for all of them."""
     ended: list[float] = []
