@@ -14,8 +14,8 @@ from ledger import Store, UsageError
 
 #: scheme of a URL → module, class, extra, and the packages that come with the extra
 _STORES = {
-    "postgresql": ("postgres", "PostgresStore", "postgres", ("psycopg", "psycopg_pool")),
-    "postgres": ("postgres", "PostgresStore", "postgres", ("psycopg", "psycopg_pool")),
+    "postgresql": ("postgres", "PostgresStore", "postgres", ("psycopg",)),
+    "postgres": ("postgres", "PostgresStore", "postgres", ("psycopg",)),
     "redis": ("redis", "RedisStore", "redis", ("redis",)),
     "rediss": ("redis", "RedisStore", "redis", ("redis",)),
     "dynamodb": ("dynamodb", "DynamoStore", "dynamodb", ("boto3", "botocore")),

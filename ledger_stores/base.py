@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
+import queue
 import threading
 import time
 import weakref
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 import ledger
-from ledger import Claim, Clock, Now, Op, Record, Run, Store, UsageError
+from ledger import Claim, Clock, Now, Op, Record, Run, Settle, Store, UsageError, Verdict
 
 if TYPE_CHECKING:
     from ledger_stores.move import Side
@@ -23,7 +25,13 @@ if TYPE_CHECKING:
 _FIRST_LOOK, _LAST_LOOK = 0.02, 1.0
 #: how many counts are written at once
 _COUNTS = 250
+#: how many calls that succeeded a process remembers
+_SUCCEEDED = 10_000
+#: how many questions of event loops are asked at once, and how long their thread waits for another
+_AT_ONCE, _IDLE_SECONDS = 64, 5.0
 Count = tuple[str, int, str, str, str, str, str | None, str | None]
+#: status, released, result and number of a run
+Brief = tuple[str, int, str | None, int]
 
 
 def without_password(url: str) -> str:
@@ -62,8 +70,61 @@ class ServerStore(Store):
         self._counting = threading.RLock()
         self._writer, self._batch = ledger.new_token(), 0
         self._watcher = _Watcher(self)
+        #: calls that were seen to succeed, with the run that did and its owner
+        self._succeeded: dict[str, tuple[int, str]] = {}
         self._offset = 0.0
         self._offset_at = 0.0
+
+    # -- operations --
+
+    def transact(self, op: Op) -> Verdict:
+        """Apply one operation in one round trip; repeating it after an error is safe."""
+        return self._noted(op, self._apply(op))
+
+    def _apply(self, op: Op) -> Verdict:
+        """Send the operation and read its verdict."""
+        raise NotImplementedError
+
+    # -- duplicates of what this process made or saw --
+
+    def _noted(self, op: Op, verdict: Verdict) -> Verdict:
+        if verdict.kind == "settled" and isinstance(op, Settle) and op.status == "success":
+            self._remember(op.call, op.run, op.claim.token)
+        elif verdict.kind == "done" and verdict.row is not None:
+            self._remember(op.call, verdict.row.run, verdict.row.owner)
+        return verdict
+
+    def _remember(self, call: str, run: int, owner: str) -> None:
+        if len(self._succeeded) >= _SUCCEEDED:
+            self._succeeded.clear()
+        self._succeeded[call] = run, owner
+
+    def quick(self, call: str) -> Sequence[Brief]:
+        """The run of a call that was seen to succeed, if it still answers a duplicate, by a plain read.
+
+        Of other calls nothing: the claim itself tells a duplicate why it lost, in the same round trip.
+        What is remembered only chooses the question, never the answer: the call may be reset elsewhere.
+        """
+        seen = self._succeeded.get(call)
+        return self._judged(call, self._reread(call, *seen)) if seen else ()
+
+    async def quick_async(self, call: str) -> Sequence[Brief]:
+        """`quick` without blocking the event loop."""
+        seen = self._succeeded.get(call)
+        return self._judged(call, await self._reread_async(call, *seen)) if seen else ()
+
+    def _judged(self, call: str, runs: Sequence[Brief]) -> Sequence[Brief]:
+        if not runs or runs[-1][:2] != ("success", 0):
+            self._succeeded.pop(call, None)
+        return runs
+
+    def _reread(self, call: str, run: int, owner: str) -> Sequence[Brief]:
+        """Status, released, result and number of the newest run; nothing if it is not that run of that owner."""
+        raise NotImplementedError
+
+    async def _reread_async(self, call: str, run: int, owner: str) -> Sequence[Brief]:
+        """`_reread` without blocking the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(None, self._reread, call, run, owner)
 
     # -- counting: buffered --
 
@@ -96,14 +157,6 @@ class ServerStore(Store):
         return super().describe(rows, sum(r.blocked for r in rows) + waiting if blocked is None else blocked)
 
     # -- duplicates that wait --
-
-    def quick(self, call: str) -> Sequence[tuple[str, int, str | None, int]]:
-        """Nothing: the claim itself tells a duplicate why it lost, in the same round trip."""
-        return ()
-
-    async def quick_async(self, call: str) -> Sequence[tuple[str, int, str | None, int]]:
-        """Nothing, without a thread."""
-        return ()
 
     def pause(self, waited: float) -> float:
         """Long: whoever waits is woken."""
@@ -242,6 +295,103 @@ class _Watcher:
                 ring()
 
 
+class _Asked:
+    """A question of a task, and what to do with an answer that nobody waits for any more."""
+
+    __slots__ = ("answer", "future", "gone", "unwanted", "words")
+
+    def __init__(
+        self, words: tuple[Any, ...], future: asyncio.Future[Any], unwanted: Callable[[Any], object]
+    ) -> None:
+        self.words, self.future, self.unwanted = words, future, unwanted
+        self.answer: Any = None
+        self.gone = False
+
+    def arrived(self, answer: Any) -> None:
+        """In the thread: whichever of the two comes second sees both."""
+        self.answer = answer
+        self._see_to_it()
+
+    def left(self) -> None:
+        """In the loop: the task was cancelled."""
+        self.gone = True
+        self._see_to_it()
+
+    def _see_to_it(self) -> None:
+        if self.gone and self.answer is not None and not isinstance(self.answer, BaseException):
+            self.unwanted(self.answer)
+
+    def tell(self) -> None:
+        """In the loop, where futures live."""
+        if self.future.done():
+            return
+        if isinstance(self.answer, BaseException):
+            self.future.set_exception(self.answer)
+        else:
+            self.future.set_result(self.answer)
+
+
+class Together:
+    """What tasks of event loops ask at the same moment is asked together, by one thread, which ends when idle.
+
+    A thread for each question would cost more than the question; the driver's asynchronous client, with a
+    connection and a wait for each, costs as much as the thread.
+    """
+
+    def __init__(self, ask_all: Callable[[list[tuple[Any, ...]]], Sequence[Any]]) -> None:
+        self._ask_all = ask_all
+        self._asked: queue.SimpleQueue[_Asked] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    async def ask(self, words: tuple[Any, ...], unwanted: Callable[[Any], object]) -> Any:
+        """The answer; `unwanted` gets it, in this thread or another, if the caller was cancelled meanwhile."""
+        asked = _Asked(words, asyncio.get_running_loop().create_future(), unwanted)
+        with self._lock:
+            self._asked.put(asked)
+            if self._thread is None:
+                thread = threading.Thread(target=self._work, name="ledger-asker", daemon=True)
+                thread.start()
+                self._thread = thread
+        try:
+            return await asked.future
+        except (asyncio.CancelledError, GeneratorExit):
+            asked.left()
+            raise
+
+    def _work(self) -> None:
+        while batch := self._batch():
+            try:
+                answers = self._ask_all([asked.words for asked in batch])
+            except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to those who wait
+                answers = [error] * len(batch)
+            loops: dict[asyncio.AbstractEventLoop, list[_Asked]] = {}
+            for asked, answer in zip(batch, answers, strict=True):
+                asked.arrived(answer)
+                loops.setdefault(asked.future.get_loop(), []).append(asked)
+            for loop, theirs in loops.items():
+                ledger._call_loop(loop, functools.partial(_tell_all, theirs))
+
+    def _batch(self) -> list[_Asked]:
+        """What is asked now, after a while without a question nothing."""
+        try:
+            batch = [self._asked.get(timeout=_IDLE_SECONDS)]
+        except queue.Empty:
+            with self._lock:
+                if self._asked.empty():
+                    self._thread = None
+                    return []
+            batch = [self._asked.get()]
+        while len(batch) < _AT_ONCE and not self._asked.empty():
+            batch.append(self._asked.get())
+        return batch
+
+
+def _tell_all(asked: Sequence[_Asked]) -> None:
+    for one in asked:
+        one.tell()
+
+
 def _summed(counts: Sequence[Count]) -> list[tuple[Any, ...]]:
     """One item for each call, run, kind and caller, in the order of calls, so that two writers never cross."""
     sums: dict[tuple[Any, ...], int] = {}
@@ -257,10 +407,10 @@ def run_from(row: dict[str, Any]) -> Run:
     return Run(**{name: row[name] for name in Run._fields})
 
 
-def verdict_from(found: dict[str, Any], op: Op | None = None) -> ledger.Verdict:
+def verdict_from(found: dict[str, Any], op: Op | None = None) -> Verdict:
     """The verdict that a server gave as JSON; of a claim that it granted only the number and the time."""
     row, closed = found.get("row"), found.get("closed")
     run = run_from(row) if row else None
     if found["kind"] == "granted" and isinstance(op, Claim):
         run = op.first_row(found["now"], 0)._replace(run=found["run"], mono=0)
-    return ledger.Verdict(found["kind"], run, run_from(closed) if closed else None, found["anchor"])
+    return Verdict(found["kind"], run, run_from(closed) if closed else None, found["anchor"])

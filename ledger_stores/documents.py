@@ -28,7 +28,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import ledger
 from ledger import Claim, Now, Op, Record, Run, StoreError, Verdict
-from ledger_stores.base import ServerStore
+from ledger_stores.base import Brief, ServerStore
 from ledger_stores.move import SEALED, SHUT, Mark, Side
 
 SCHEMA_VERSION = 1
@@ -347,10 +347,9 @@ class DocumentStore(ServerStore):
 
     # -- operations --
 
-    def transact(self, op: Op) -> Verdict:
-        """Apply one operation to the call as it stands; repeating it after an error is safe."""
+    def _apply(self, op: Op) -> Verdict:
         looked_at = self._pass_gate(op)
-        verdict = self._transact(op)
+        verdict = self._decide(op)
         if not isinstance(op, _GOES_ON) and boot_micros() - looked_at > GATE_MICROS:
             self._pass_late(op, verdict)
         return verdict
@@ -365,7 +364,7 @@ class DocumentStore(ServerStore):
                 self.keeper.keep(ledger._not_entered(op, cast("Run", verdict.row).run))
             raise
 
-    def _transact(self, op: Op | _Forget) -> Verdict:
+    def _decide(self, op: Op | _Forget) -> Verdict:
         name = f"call:{op.call}"
         # a guess saves the reading: nobody made this call, or nobody touched it since I did
         doc = Document(name) if isinstance(op, Claim) else self._own.get(op.call)
@@ -377,7 +376,7 @@ class DocumentStore(ServerStore):
             if change.updates or change.insert or change.forget:
                 is_written, stands = self.write(doc, doc.after(change, self._now().wall))
                 if is_written:
-                    self._remember(stands)
+                    self._keep(stands)
                     return change.verdict if change.forget else self._with_texts(change.verdict)
             elif not is_guess:
                 return self._with_texts(change.verdict)
@@ -402,7 +401,7 @@ class DocumentStore(ServerStore):
             self._drop_texts(gone)
         return is_written, stands
 
-    def _remember(self, doc: Document) -> None:
+    def _keep(self, doc: Document) -> None:
         """Keep a document whose run is open, because the next to change it is most often its owner here."""
         call = doc.name.partition(":")[2]
         if doc.rows and doc.rows[-1].status == "running":
@@ -456,7 +455,7 @@ class DocumentStore(ServerStore):
                 if doc.rows and doc.rows[-1].status == "running" and not self.is_over(doc.rows[-1]):
                     raise ledger._busy_reset(self.describe(doc.runs()))
         for doc in self._documents(wf):
-            self._transact(_Forget(doc.name.partition(":")[2], asked, force, why))
+            self._decide(_Forget(doc.name.partition(":")[2], asked, force, why))
         for name, fields in self._all("tally", wf):
             # not removed: each writer goes on from its own number, and would bring the old counts back
             sums = {f"forgotten_{kind}": sum_of(kind, fields) for kind in TALLIED}
@@ -535,6 +534,13 @@ class DocumentStore(ServerStore):
         """All runs of a call, oldest first."""
         self._look_up()
         return [self._whole(run) for run in self._document(f"call:{call}").runs()]
+
+    def _reread(self, call: str, run: int, owner: str) -> Sequence[Brief]:
+        self._look_up()
+        last = next(reversed(self._document(f"call:{call}").rows), None)
+        if last is None or (last.run, last.owner) != (run, owner):
+            return []
+        return [(last.status, last.released, self._whole(last).result, run)]
 
     def is_over(self, run: Run) -> bool:
         """Whether the lease of a RUNNING run has lapsed by the server's clock."""

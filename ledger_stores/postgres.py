@@ -13,25 +13,31 @@ whose reply was lost is sent again with its token and finds its own row.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import queue
 import re
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import psycopg
-import psycopg_pool
+from psycopg.generators import execute
+from psycopg.pq import ExecStatus, TransactionStatus
 from psycopg.rows import tuple_row
 
 import ledger
 from ledger import Clock, Now, Op, Record, Run, StoreError, UsageError, Verdict
-from ledger_stores.base import ServerStore, verdict_from, without_password
+from ledger_stores.base import Brief, ServerStore, verdict_from, without_password
 
 if TYPE_CHECKING:
     from ledger_stores.move import Side
 
 T = TypeVar("T")
+Row = tuple[Any, ...]
 _SCHEMA_VERSION = 1
 _COLUMNS = ", ".join(Run._fields)
 _EVENTS = ("seq", "call", "run", "kind", "at", "tool", "wf", "caller", "n", "detail")
@@ -67,21 +73,21 @@ class PostgresStore(ServerStore):
 
     def _begin(self) -> None:
         super()._begin()
-        self._pool: psycopg_pool.ConnectionPool[psycopg.Connection[Any]] | None = None
+        self._connections: _Connections | None = None
         self._prepares = True
         self._listening: psycopg.Connection[Any] | None = None
 
     # -- connections --
 
-    def _opened(self) -> psycopg_pool.ConnectionPool[psycopg.Connection[Any]]:
-        pool = self._pool
-        if pool is None:
+    def _opened(self) -> _Connections:
+        connections = self._connections
+        if connections is None:
             with self._opening:
-                pool = self._pool or self._open()
-                self._pool = pool
-        return pool
+                connections = self._connections or self._open()
+                self._connections = connections
+        return connections
 
-    def _open(self) -> psycopg_pool.ConnectionPool[psycopg.Connection[Any]]:
+    def _open(self) -> _Connections:
         limit = time.monotonic() + _RETRY_SECONDS
         while True:
             try:
@@ -92,32 +98,25 @@ class PostgresStore(ServerStore):
                 if error.sqlstate is None or not _is_broken(error) or time.monotonic() > limit:
                     raise self._translated(error) from error
             time.sleep(0.05)
-        settings = {
-            "autocommit": True,
-            "connect_timeout": 5,
-            "prepare_threshold": 5 if self._prepares else None,
-            "row_factory": tuple_row,
-            "keepalives_idle": 10,  # a server that is gone without a word is noticed
-            "keepalives_interval": 5,
-            "keepalives_count": 3,
-            "tcp_user_timeout": int(self.lock_seconds * 1000),
-        }
-        return psycopg_pool.ConnectionPool(
+        return _Connections(self._connect, self.connections, self.lock_seconds)
+
+    def _connect(self) -> _Connection:
+        return _Connection.connect(
             self.url,
-            min_size=0,
-            max_size=self.connections,
-            kwargs=settings,
-            open=True,
-            timeout=self.lock_seconds,
-            name="ledger",
+            autocommit=True,
+            connect_timeout=5,
+            client_encoding="UTF8",
+            prepare_threshold=None,  # what is asked often is prepared by name, see `_Statement`
+            row_factory=tuple_row,
+            keepalives_idle=10,  # a server that is gone without a word is noticed
+            keepalives_interval=5,
+            keepalives_count=3,
+            tcp_user_timeout=int(self.lock_seconds * 1000),
         )
 
     def _prepare_no_more(self) -> None:
         """Behind a transaction pooler a prepared statement is another session's: send whole ones from now on."""
-        with self._opening:
-            pool, self._pool, self._prepares = self._pool, None, False
-        if pool is not None:
-            pool.close()
+        self._prepares = False
 
     def _prepare(self, db: psycopg.Connection[Any]) -> None:
         """Make the schema if it is not there, under a lock, whole or not at all; refuse a newer one."""
@@ -153,9 +152,7 @@ class PostgresStore(ServerStore):
         where = without_password(self.url)
         if isinstance(error, psycopg.Error) and error.sqlstate == MOVED:
             return StoreError(f"{where}: {error.diag.message_primary}")
-        if isinstance(error, psycopg_pool.PoolTimeout):
-            advice = f"no connection within {self.lock_seconds:g} s; see that the server answers"
-        elif isinstance(error, psycopg.OperationalError):
+        if isinstance(error, psycopg.OperationalError):
             advice = "see that the server runs there and lets this account in"
         else:
             advice = "see the server's log"
@@ -163,23 +160,25 @@ class PostgresStore(ServerStore):
         told.full = getattr(error, "sqlstate", None) == "53100"
         return told
 
-    def _ask(self, sql: str, values: Sequence[Any] | dict[str, Any] = ()) -> list[tuple[Any, ...]]:
-        """All rows of one statement: one round trip, in a transaction of its own."""
-        text = sql.replace(":ns", self.namespace)
-        return self._insist(lambda db: db.execute(text, values).fetchall())
-
-    def _insist(self, perform: Callable[[psycopg.Connection[Any]], T]) -> T:
-        """Do it on a connection; if that breaks, again on another: what is asked here may be asked twice."""
-        limit = time.monotonic() + _RETRY_SECONDS
+    def _insist(self, perform: Callable[..., T], *values: Any) -> T:
+        """Do it on a connection, again if that breaks; every error of the driver is a `StoreError`."""
+        limit, pause = time.monotonic() + _RETRY_SECONDS, 0.0
         while True:
+            connections = self._opened()
             try:
-                with self._opened().connection() as db:
-                    return perform(db)
+                return connections.use(perform, *values)
+            except queue.Empty:
+                raise StoreError(
+                    f"{without_password(self.url)}: all {self.connections} connections were busy for "
+                    f"{self.lock_seconds:g} s; nothing was asked. See that the server answers, or allow more "
+                    "with connections=…"
+                ) from None
             except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-                broken = not isinstance(error, psycopg_pool.PoolTimeout) and _is_broken(error)
-                if not broken or time.monotonic() > limit:
+                if not _is_broken(error) or time.monotonic() > limit:
                     raise self._translated(error) from error
-                time.sleep(0.05)
+                connections.drop_idle()
+                time.sleep(pause)  # none at first: the server may have closed what was idle
+                pause = 0.05
             except (psycopg.errors.InvalidSqlStatementName, psycopg.errors.DuplicatePreparedStatement):
                 self._prepare_no_more()
             except psycopg.Error as error:
@@ -187,27 +186,41 @@ class PostgresStore(ServerStore):
             except UnicodeEncodeError as error:
                 raise StoreError(f"{without_password(self.url)}: {error}; nothing was written") from error
 
-    def _call(self, name: str, *values: Any, op: Op | None = None, durable: bool = True) -> Verdict:
-        """One of the functions; what need not be durable does not wait for the server's disk."""
-        marks = ", ".join(["%s"] * len(values))
-        lax = "" if durable else ", set_config('synchronous_commit', 'off', true)"
-        found = self._ask(f"SELECT :ns.{name}({marks}){lax}", [_clean(v) for v in values])
-        return verdict_from(found[0][0], op)
+    def _ask(self, sql: str, values: Sequence[Any] | dict[str, Any] = ()) -> list[Row]:
+        """All rows of one statement: one round trip, in a transaction of its own.
+
+        A connection that broke is replaced and the statement sent again: whatever is asked here
+        may be asked twice.
+        """
+        return self._insist(_all_rows, sql.replace(":ns", self.namespace), values)
+
+    def _ask_often(self, sql: str, *values: object) -> list[bytes | None]:
+        """The first row of a statement of a few, `$1` for the first value, in the server's own words.
+
+        The driver's cursors would cost a duplicate more than all the rest of it.
+        """
+        statement = _statement(sql, self.namespace)
+        return self._insist(self._first_row, statement, [_packed(v) for v in values])
+
+    def _first_row(
+        self, db: _Connection, statement: _Statement, values: Sequence[bytes | None]
+    ) -> list[bytes | None]:
+        return db.first_row(statement, values, prepares=self._prepares)
+
+    def _call(self, name: str, *values: Any, durable: bool = True) -> Verdict:
+        """The verdict of one of the functions."""
+        marks = ", ".join(f"${n + 1}" for n in range(len(values)))
+        found = self._ask_often(f"SELECT :ns.{name}({marks})" + _unless(durable), *values)
+        return verdict_from(json.loads(found[0] or b""))
 
     # -- operations --
 
-    def transact(self, op: Op) -> Verdict:
-        """Apply one operation in one round trip; repeating it after an error is safe."""
+    def _apply(self, op: Op) -> Verdict:
         if isinstance(op, ledger.Claim):
-            seen = op.not_done or (None, None)
-            return self._call(
-                "claim", op.call, op.token, op.tool, op.wf, op.caller, op.key, op.args, op.matched, op.max,
-                op.ttl, op.lease, op.on_doubt, int(op.forced), *seen, op=op, durable=self.sync != "off",
-            )  # fmt: skip
+            return self._claim(op)
         if isinstance(op, ledger.Settle):
-            ending = (op.status, op.result, op.error, op.trace)
-            durable = self.sync == "full"
-            return self._call("settle", op.call, op.run, op.claim.token, *ending, durable=durable)
+            found = self._ask_often(_SETTLE + _unless(self.sync == "full"), *_settle_values(op))
+            return verdict_from(json.loads(found[0])) if found[0] else Verdict("settled")
         if isinstance(op, ledger.Renew):
             return self._call("renew", op.call, op.run, op.claim.token, op.claim.lease, durable=False)
         if isinstance(op, ledger.Release):
@@ -216,18 +229,31 @@ class PostgresStore(ServerStore):
             return self._call("resolve", *op)
         return self._call("reset_call", op.call, self._by_server(op.asked))
 
+    def _claim(self, op: ledger.Claim) -> Verdict:
+        seen = op.not_done or (None, None)
+        started, told = self._ask_often(
+            _CLAIM + _unless(self.sync != "off"),
+            op.call, op.token, op.tool, op.wf, op.caller, op.key, op.args, op.matched, op.max, op.ttl,
+            op.lease, op.on_doubt, int(op.forced), *seen,
+        )[:2]  # fmt: skip
+        if told is not None:
+            return verdict_from(json.loads(told), op)
+        return Verdict("granted", op.first_row(int(started or 0), 0)._replace(mono=0))
+
     def perform_on(self, connection: Any, op: Op) -> Verdict:
         """Apply one operation inside the transaction that is open on a user's connection."""
         if not isinstance(op, ledger.Settle):
             raise UsageError("only a settlement belongs into a user's transaction")
-        values = [op.call, op.run, op.claim.token, op.status, op.result, op.error, op.trace]
-        sql = f"SELECT {self.namespace}.settle(%s, %s, %s, %s, %s, %s, %s)"
-        with connection.cursor(row_factory=tuple_row) as cursor:
-            return verdict_from(cursor.execute(sql, [_clean(v) for v in values]).fetchone()[0])
+        with psycopg.RawCursor(connection, row_factory=tuple_row) as cursor:
+            cursor.execute(_SETTLE.replace(":ns", self.namespace), [_clean(v) for v in _settle_values(op)])
+            [told, *_] = cursor.fetchone() or (None,)
+        return verdict_from(told) if told else Verdict("settled")
 
     def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
-        sql = "SELECT :ns.count(%s, %s, %s), set_config('synchronous_commit', 'off', true)"
-        self._ask(sql, (self._writer, self._batch, json.dumps([[_clean(v) for v in item] for item in sums])))
+        items = json.dumps([[_clean(v) for v in item] for item in sums])
+        self._ask_often(
+            "SELECT :ns.count($1, $2, $3)" + _unless(durable=False), self._writer, self._batch, items
+        )
 
     def reset(self, wf: str | None, asked: int, *, force: bool = False, why: str = "") -> None:
         """Forget every call of a workflow (None: of all) in one transaction.
@@ -245,6 +271,10 @@ class PostgresStore(ServerStore):
         """All runs of a call, oldest first."""
         found = self._ask(f"SELECT {_COLUMNS} FROM :ns.runs WHERE call = %s ORDER BY run", (call,))
         return [Run(*row) for row in found]
+
+    def _reread(self, call: str, run: int, owner: str) -> Sequence[Brief]:
+        result = self._ask_often(_STILL_DONE, call, run, owner)
+        return [("success", 0, None if result[0] is None else result[0].decode(), run)] if result else []
 
     def _now(self) -> Now:
         wall = self._server_time()
@@ -376,13 +406,160 @@ class PostgresStore(ServerStore):
         """Finish what is pending and close the connections; they open again when the store is used again."""
         super().close()
         with self._opening:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.close()
+            connections, self._connections = self._connections, None
+        if connections is not None:
+            connections.close()
         self._drop_listener()
 
     def _abandon(self) -> None:
-        self._pool = self._listening = None
+        self._connections = self._listening = None
+
+
+class _Statement(NamedTuple):
+    """A statement that is asked often; its name says all that is in it, whoever prepared it."""
+
+    name: bytes
+    text: bytes
+
+
+@functools.cache
+def _statement(sql: str, namespace: str) -> _Statement:
+    text = sql.replace(":ns", namespace).encode()
+    return _Statement(b"ledger_" + hashlib.sha256(text).hexdigest()[:24].encode(), text)
+
+
+class _Connection(psycopg.Connection[Row]):
+    """A connection of the store's, with what was prepared on it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._names: set[bytes] = set()
+
+    def __del__(self, _warn: Any = None, /) -> None:
+        """Without the driver's warning: it may end with the program, and a forked child's is the parent's."""
+
+    def first_row(
+        self, statement: _Statement, values: Sequence[bytes | None], *, prepares: bool
+    ) -> list[bytes | None]:
+        """The first row that a statement gives, as text; an empty one if there is none."""
+        name, text = statement
+        if not prepares:
+            self.pgconn.send_query_params(text, values)
+        else:
+            if name not in self._names:
+                self.pgconn.send_prepare(name, text)
+                self._answer()
+                self._names.add(name)
+            self.pgconn.send_query_prepared(name, values)
+        found = self._answer()
+        return [found.get_value(0, n) for n in range(found.nfields)] if found.ntuples else []
+
+    def _answer(self) -> Any:
+        found = self.wait(execute(self.pgconn))[-1]
+        if found.status not in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
+            raise psycopg.errors.error_from_result(found)
+        return found
+
+
+def _all_rows(db: _Connection, text: str, values: Sequence[Any] | dict[str, Any]) -> list[Row]:
+    return db.execute(text, values).fetchall()
+
+
+class _Connections:
+    """At most so many connections of one process, for any number of threads; each is one thread's at a time.
+
+    psycopg_pool would do, but with 20 threads it takes longer than a read does.
+    """
+
+    def __init__(self, connect: Callable[[], _Connection], most: int, patience: float) -> None:
+        self._connect = connect
+        self._most = self._spare = most
+        self._patience = patience
+        self._lock = threading.RLock()
+        self._idle: list[_Connection] = []
+        #: threads in line for a connection, or for the right to make one (None)
+        self._line: deque[queue.SimpleQueue[_Connection | None]] = deque()
+        self._closed = False
+
+    def use(self, perform: Callable[..., T], *values: Any) -> T:
+        """`perform(connection, …)`; raises `queue.Empty` if none becomes free in time."""
+        db = self._take()
+        try:
+            return perform(db, *values)
+        finally:
+            self._give(db)
+
+    def _take(self) -> _Connection:
+        failed = False
+        while True:
+            with self._lock:
+                if self._idle:
+                    return self._idle.pop()
+                turn = None if self._spare and not failed else self._stand_in_line()
+                self._spare -= turn is None
+            db = self._wait(turn) if turn else None
+            if db is not None:
+                return db
+            try:
+                return self._connect()
+            except BaseException as error:
+                # the server may take no more of us: then share those that there are, if there are any
+                shares = self._give(None) and isinstance(error, psycopg.OperationalError)
+                if failed or not shares:
+                    raise
+                failed = True
+
+    def _stand_in_line(self) -> queue.SimpleQueue[_Connection | None]:
+        turn: queue.SimpleQueue[_Connection | None] = queue.SimpleQueue()
+        self._line.append(turn)
+        return turn
+
+    def _wait(self, turn: queue.SimpleQueue[_Connection | None]) -> _Connection | None:
+        try:
+            return turn.get(timeout=self._patience)
+        except BaseException:
+            with self._lock:
+                if turn in self._line:
+                    self._line.remove(turn)
+                else:  # it came at this very moment
+                    self._give(turn.get())
+            raise
+
+    def _give(self, db: _Connection | None) -> bool:
+        """Take a connection back, or (None) the right to make one; whether others are in use."""
+        if db is not None and (self._closed or db.pgconn.transaction_status != TransactionStatus.IDLE):
+            db.close()  # an answer that was not read must not meet the next question
+            db = None
+        with self._lock:
+            if self._line:
+                self._line.popleft().put(db)
+            elif db is None:
+                self._spare += 1
+            else:
+                self._idle.append(db)
+            return self._spare < self._most
+
+    def drop_idle(self) -> None:
+        """Close those that nobody uses."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+            self._spare += len(idle)
+        for db in idle:
+            db.close()
+
+    def close(self) -> None:
+        """Close all, those in use when they come back."""
+        self._closed = True
+        self.drop_idle()
+
+
+def _settle_values(op: ledger.Settle) -> tuple[Any, ...]:
+    return op.call, op.run, op.claim.token, op.status, op.result, op.error, op.trace
+
+
+def _unless(durable: object) -> str:
+    """What ends a statement that does not wait for the server's disk."""
+    return "" if durable else ", set_config('synchronous_commit', 'off', true)"
 
 
 def _is_broken(error: Exception) -> bool:
@@ -405,11 +582,44 @@ def _qualified(found: re.Match[str]) -> str:
     return f"{found[1]} :ns.{table}"
 
 
+def _packed(value: object) -> bytes | None:
+    """A value as PostgreSQL reads it."""
+    return None if value is None else str(_clean(value)).encode()
+
+
 def _clean(value: Any) -> Any:
     """PostgreSQL's text holds no NUL; it is shown as its picture."""
     return value.replace("\0", "\u2400") if isinstance(value, str) else value
 
 
+#: a first claim, in a transaction of its own; anything else is judged by the function
+_CLAIM = """
+WITH made AS (
+  INSERT INTO :ns.runs (call, run, tool, wf, caller, owner, key, args, matched, started, lease, forced)
+  SELECT $1, 1, $3, $4, $5, $2, $6, $7, $8, now, now + $11, $13 FROM :ns.now_us() AS now
+   WHERE NOT EXISTS (SELECT FROM :ns.runs WHERE call = $1)
+  ON CONFLICT DO NOTHING
+  RETURNING started),
+noted AS (
+  INSERT INTO :ns.events (seq, call, run, kind, at, tool, wf, caller)
+  SELECT pg_current_xact_id()::text::bigint * 4096 + 1, $1, 1, 'claimed', started, $3, $4, $5 FROM made)
+SELECT (SELECT started FROM made), CASE WHEN NOT EXISTS (SELECT FROM made) THEN
+  :ns.claim($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15) END"""
+#: the end of a run that is open; if there is none, why
+_SETTLE = """
+WITH ended AS (
+  UPDATE :ns.runs SET status = $4, ended = :ns.now_us(), closed_by = $3, result = $5, error = $6, trace = $7
+   WHERE call = $1 AND run = $2 AND owner = $3 AND status = 'running'
+  RETURNING ended, tool, wf, caller),
+noted AS (
+  INSERT INTO :ns.events (seq, call, run, kind, at, tool, wf, caller, detail)
+  SELECT :ns.next_event(), $1, $2, $4, ended, tool, wf, caller, $6 FROM ended)
+SELECT CASE WHEN NOT EXISTS (SELECT FROM ended) THEN :ns.settle_late($1, $3, $4, $5, $6) END,
+       CASE WHEN EXISTS (SELECT FROM :ns.waiting WHERE call = $1) THEN :ns.wake($1) END"""
+_STILL_DONE = """
+SELECT result FROM (SELECT * FROM :ns.runs WHERE call = $1 ORDER BY run DESC LIMIT 1) AS newest
+ WHERE run = $2 AND owner = $3 AND status = 'success' AND released = 0
+"""
 _TOTALS = """
 SELECT tool, SUM(actions), SUM(attempts), SUM(executed), SUM(blocked), SUM(failed), SUM(in_doubt),
        SUM(suspended), SUM(running)

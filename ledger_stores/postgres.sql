@@ -1,7 +1,12 @@
--- The ledger in one PostgreSQL schema. Every operation on a call is one function: it takes a lock on
--- the call that ends with its transaction (safe behind a pooler), reads the rows as they are then,
--- judges, and writes. READ COMMITTED alone is not enough: a subselect sees a snapshot from before the
--- wait for a lock, each statement of a function sees a new one.
+-- The ledger in one PostgreSQL schema. Every operation that judges a call is one function: it takes a
+-- lock on the call that ends with its transaction (safe behind a pooler), reads the rows as they are
+-- then, judges, and writes. READ COMMITTED alone is not enough: a subselect sees a snapshot from before
+-- the wait for a lock, each statement of a function sees a new one.
+--
+-- What need not judge takes no lock on the call: a first claim (the primary key lets one in), the
+-- owner's settlement and renewal (one guarded UPDATE). The first two are plain statements, `_CLAIM` and
+-- `_SETTLE` in postgres.py, which ask the functions here only when they change nothing. So whoever
+-- closes or deletes a run that is open locks its row before it judges: see `latest`.
 --
 -- :ns stands for the schema's name. Times are UTC microseconds of the server's clock.
 
@@ -84,16 +89,16 @@ INSERT INTO :ns.meta VALUES ('schema', '1');
 CREATE FUNCTION :ns.now_us() RETURNS bigint LANGUAGE sql VOLATILE AS
   $$ SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint $$;
 
--- one event; up to 4095 in a transaction, counted in a setting that ends with it
+-- the number of the next event; up to 4095 in a transaction, counted in a setting that ends with it
+CREATE FUNCTION :ns.next_event() RETURNS bigint LANGUAGE sql VOLATILE AS $$
+  SELECT pg_current_xact_id()::text::bigint * 4096 + set_config('ledger.events',
+    (COALESCE(NULLIF(current_setting('ledger.events', true), ''), '0')::integer + 1)::text, true)::integer $$;
+
 CREATE FUNCTION :ns.note(r :ns.runs, kind text, at bigint, n bigint, detail text) RETURNS void
 LANGUAGE plpgsql AS $$
-DECLARE
-  number integer := COALESCE(NULLIF(current_setting('ledger.events', true), ''), '0')::integer + 1;
 BEGIN
-  PERFORM set_config('ledger.events', number::text, true);
   INSERT INTO :ns.events
-  VALUES (pg_current_xact_id()::text::bigint * 4096 + number, r.call, r.run, kind, at, r.tool, r.wf, r.caller,
-          n, detail);
+  VALUES (:ns.next_event(), r.call, r.run, kind, at, r.tool, r.wf, r.caller, n, detail);
 END $$;
 
 -- number of the first run after the last success: runs that share it mean one effect
@@ -110,8 +115,17 @@ CREATE FUNCTION :ns.differ(theirs text, ours text) RETURNS boolean LANGUAGE sql 
   SELECT EXISTS (SELECT 1 FROM json_each_text(theirs::json) o JOIN json_each_text(ours::json) n USING (key)
                   WHERE o.value <> n.value) $$;
 
-CREATE FUNCTION :ns.latest(c text) RETURNS :ns.runs LANGUAGE sql STABLE AS
-  $$ SELECT * FROM :ns.runs WHERE call = c ORDER BY run DESC LIMIT 1 $$;
+-- the newest run. Who may close it gets it locked, as its owner may settle or renew it at this moment
+CREATE FUNCTION :ns.latest(c text) RETURNS :ns.runs LANGUAGE plpgsql AS $$
+DECLARE
+  last :ns.runs;
+BEGIN
+  SELECT * INTO last FROM :ns.runs WHERE call = c ORDER BY run DESC LIMIT 1;
+  IF last.status = 'running' AND last.lease <= :ns.now_us() THEN
+    SELECT * INTO last FROM :ns.runs WHERE call = c AND run = last.run FOR UPDATE;
+  END IF;
+  RETURN last;
+END $$;
 
 CREATE FUNCTION :ns.verdict(kind text, r :ns.runs, closed :ns.runs, anchor integer) RETURNS json
 LANGUAGE sql IMMUTABLE AS $$
@@ -140,15 +154,8 @@ BEGIN
     END IF;
   END IF;
   PERFORM pg_advisory_xact_lock(hashtextextended(':ns' || c, 0));
+  last := :ns.latest(c);
   now := :ns.now_us();
-  SELECT * INTO last FROM :ns.runs WHERE call = c ORDER BY run DESC LIMIT 1;
-  IF NOT FOUND THEN
-    INSERT INTO :ns.runs (call, run, tool, wf, caller, owner, key, args, matched, started, lease, forced)
-    VALUES (c, 1, c_tool, c_wf, c_caller, token, c_key, c_args, c_matched, now, now + c_lease, c_forced);
-    made.call := c; made.run := 1; made.tool := c_tool; made.wf := c_wf; made.caller := c_caller;
-    PERFORM :ns.note(made, 'claimed', now, 1, NULL);
-    RETURN json_build_object('kind', 'granted', 'run', 1, 'now', now, 'anchor', 1);
-  END IF;
   SELECT * INTO mine FROM :ns.runs WHERE call = c AND owner = token;
   IF FOUND THEN                                   -- the reply to my claim was lost
     IF mine.status <> 'running' THEN
@@ -196,7 +203,7 @@ BEGIN
     UPDATE :ns.runs SET released = 1 WHERE call = c AND run = last.run;
   END IF;
   INSERT INTO :ns.runs (call, run, tool, wf, caller, owner, key, args, matched, started, lease, forced)
-  VALUES (c, last.run + 1, c_tool, c_wf, c_caller, token, c_key, c_args, c_matched, now,
+  VALUES (c, COALESCE(last.run, 0) + 1, c_tool, c_wf, c_caller, token, c_key, c_args, c_matched, now,
           now + c_lease, c_forced)
   RETURNING * INTO made;
   PERFORM :ns.note(made, 'claimed', now, 1, NULL);
@@ -204,8 +211,8 @@ BEGIN
                            'closed', CASE WHEN closed.call IS NULL THEN NULL ELSE row_to_json(closed) END);
 END $$;
 
-CREATE FUNCTION :ns.settle(
-  c text, n integer, token text, ending text, c_result text, c_error text, c_trace text) RETURNS json
+-- why a settlement changed nothing: it is written already, or the run was given up and this is its late end
+CREATE FUNCTION :ns.settle_late(c text, token text, ending text, c_result text, c_error text) RETURNS json
 LANGUAGE plpgsql AS $$
 DECLARE
   now bigint;
@@ -213,14 +220,6 @@ DECLARE
 BEGIN
   PERFORM pg_advisory_xact_lock(hashtextextended(':ns' || c, 0));
   now := :ns.now_us();
-  UPDATE :ns.runs SET status = ending, ended = now, closed_by = token, result = c_result, error = c_error,
-         trace = c_trace
-   WHERE call = c AND run = n AND owner = token AND status = 'running' RETURNING * INTO mine;
-  IF FOUND THEN
-    PERFORM :ns.note(mine, ending, now, 1, c_error);
-    PERFORM :ns.wake(c);
-    RETURN '{"kind": "settled", "anchor": 1}'::json;
-  END IF;
   SELECT * INTO mine FROM :ns.runs WHERE call = c AND owner = token;
   IF NOT FOUND THEN
     RETURN :ns.verdict('gone', NULL, NULL, 1);
@@ -255,8 +254,8 @@ DECLARE
   last :ns.runs;
 BEGIN
   PERFORM pg_advisory_xact_lock(hashtextextended(':ns' || c, 0));
-  now := :ns.now_us();
   last := :ns.latest(c);
+  now := :ns.now_us();
   IF last.call IS NULL THEN
     RETURN :ns.verdict('nothing', NULL, NULL, 1);
   ELSIF last.run <> seen_run OR last.owner <> seen_owner THEN
@@ -290,8 +289,8 @@ DECLARE
   made :ns.runs;
 BEGIN
   PERFORM pg_advisory_xact_lock(hashtextextended(':ns' || c, 0));
-  now := :ns.now_us();
   last := :ns.latest(c);
+  now := :ns.now_us();
   IF last.call IS NULL THEN
     RETURN :ns.verdict('nothing', NULL, NULL, 1);
   ELSIF last.run <> seen_run OR last.owner <> seen_owner THEN
@@ -319,8 +318,8 @@ DECLARE
   last :ns.runs;
 BEGIN
   PERFORM pg_advisory_xact_lock(hashtextextended(':ns' || c, 0));
-  now := :ns.now_us();
   last := :ns.latest(c);
+  now := :ns.now_us();
   IF last.call IS NULL THEN
     RETURN :ns.verdict('nothing', NULL, NULL, 1);
   ELSIF last.status = 'running' AND last.lease > now THEN
@@ -336,8 +335,8 @@ END $$;
 -- tell those who wait for this call, if anybody does: NOTIFY for nobody would cost every settle
 CREATE FUNCTION :ns.wake(c text) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
-  DELETE FROM :ns.waiting WHERE call = c;
-  IF FOUND THEN
+  IF EXISTS (SELECT FROM :ns.waiting WHERE call = c) THEN   -- cheaper than to delete nothing
+    DELETE FROM :ns.waiting WHERE call = c;
     PERFORM pg_notify(':ns', c);
   END IF;
 END $$;

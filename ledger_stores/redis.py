@@ -27,6 +27,7 @@ takes some 1.3 KB of the server's memory, and its arguments and result what they
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -42,7 +43,7 @@ import redis
 
 import ledger
 from ledger import Claim, Clock, Now, Op, Record, Run, StoreError, UsageError, Verdict
-from ledger_stores.base import ServerStore, without_password
+from ledger_stores.base import Brief, ServerStore, Together, without_password
 
 if TYPE_CHECKING:
     from ledger_stores.move import Side
@@ -119,6 +120,7 @@ class RedisStore(ServerStore):
         self._connections: _Connections | None = None
         self._id = b""
         self._holders: dict[str, str | None] = {}
+        self._together = Together(functools.partial(self._insist, self._answer_all))
 
     # -- connections --
 
@@ -134,10 +136,10 @@ class RedisStore(ServerStore):
         """Look at the server and begin the ledger there; what refuses is an error at once."""
         first = self._connect(min(_CONNECT_SECONDS, self._patience))
         try:
-            self._judge_server(first.use(_exchange, [("INFO",)])[0])
+            self._judge_server(first.use(_exchange_or_raise, [("INFO",)])[0])
             about = json.dumps(ledger._me()[1:])
             words = ("open", "", _SCHEMA_VERSION, os.urandom(8).hex(), ledger._me().id, about)
-            [[version, self._id]] = first.use(_exchange, [self._eval(*words)])
+            [[version, self._id]] = first.use(_exchange_or_raise, [self._eval(*words)])
         except redis.RedisError as error:
             raise self._translated(error) from error
         finally:
@@ -207,6 +209,10 @@ class RedisStore(ServerStore):
     def _eval(self, *words: Any) -> tuple[Any, ...]:
         return ("EVAL", self.source, 1, self._meta, *words)
 
+    def _evalsha(self, words: tuple[Any, ...]) -> tuple[Any, ...]:
+        name, *rest = words
+        return ("EVALSHA", self._sha, 1, self._meta, name, self._id, *rest)
+
     def _ask(self, *words: Any, replicas: int = 0) -> Any:
         """What the script answers to an operation: one round trip, and one more to wait for replicas.
 
@@ -215,11 +221,7 @@ class RedisStore(ServerStore):
         """
         reply, have = self._insist(self._run_script, words, replicas)
         if reply == b"replaced":
-            raise StoreError(
-                f"{without_password(self.url)}: the ledger {self.namespace} is not the one that was opened: "
-                "the server was emptied, or came back without its data; nothing ran. Restore the data, or "
-                "close the store (or restart this program) to begin anew"
-            )
+            raise self._replaced()
         if isinstance(reply, list) and reply[:1] == [b"closed"]:
             raise StoreError(f"{without_password(self.url)}: {_text(reply[1])}")
         if have < replicas:
@@ -229,6 +231,13 @@ class RedisStore(ServerStore):
                 "operation with its token is safe"
             )
         return reply
+
+    def _replaced(self) -> StoreError:
+        return StoreError(
+            f"{without_password(self.url)}: the ledger {self.namespace} is not the one that was opened: "
+            "the server was emptied, or came back without its data; nothing ran. Restore the data, or "
+            "close the store (or restart this program) to begin anew"
+        )
 
     def _insist(self, perform: Callable[..., T], *values: Any) -> T:
         """Do it, again if the connection breaks; every error of the driver is a `StoreError`."""
@@ -247,30 +256,68 @@ class RedisStore(ServerStore):
 
     def _run_script(self, connection: Any, words: tuple[Any, ...], replicas: int) -> tuple[Any, int]:
         """The script's reply, and how many replicas have what it wrote."""
-        name, *rest = words
         have = replicas
-        _send(connection, ("EVALSHA", self._sha, 1, self._meta, name, self._id, *rest))
-        try:
-            reply = connection.read_response()
-        except redis.exceptions.NoScriptError:  # the server is new, or its scripts were flushed
-            _send(connection, self._eval(name, self._id, *rest))
-            reply = connection.read_response()
+        [reply] = self._replies(connection, [words])
+        if isinstance(reply, Exception):
+            raise reply
         if replicas and _kind_of(reply) in _WROTE:  # on the connection that wrote
             _send(connection, ("WAIT", replicas, int(min(_CONNECT_SECONDS, self._patience) * 900)))
             have = connection.read_response()
         return reply, have
 
+    def _replies(self, connection: Any, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """What the script replies to several operations, none of which waits for another; errors stand in place."""
+        found = _exchange(connection, [self._evalsha(words) for words in asked])
+        for n, reply in enumerate(found):
+            if isinstance(reply, redis.exceptions.NoScriptError):  # the server is new, or its scripts flushed
+                name, *rest = asked[n]
+                [found[n]] = _exchange(connection, [self._eval(name, self._id, *rest)])
+        return found
+
+    def _answer_all(self, connection: Any, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Operations, and reads (their first word is in capitals), in as few round trips as can be."""
+        found: list[Any] = [None] * len(asked)
+        for reads in (True, False):
+            places = [n for n, words in enumerate(asked) if words[0].isupper() is reads]
+            chosen = [asked[n] for n in places]
+            ask = (
+                functools.partial(_exchange, connection)
+                if reads
+                else functools.partial(self._replies, connection)
+            )
+            for n, reply in zip(places, ask(chosen) if chosen else (), strict=True):
+                if isinstance(reply, redis.ReadOnlyError):  # another connection may fare better
+                    raise reply
+                found[n] = self._translated(reply) if isinstance(reply, Exception) else reply
+                if reply == b"replaced":
+                    found[n] = self._replaced()
+        return found
+
     def _look(self, *commands: tuple[Any, ...]) -> list[Any]:
         """What the server answers to these commands, none of which writes: one round trip."""
-        return self._insist(_exchange, commands)
+        return self._insist(_exchange_or_raise, commands)
 
     # -- operations --
 
-    def transact(self, op: Op) -> Verdict:
-        """Apply one operation in one round trip; repeating it after an error is safe."""
+    def _apply(self, op: Op) -> Verdict:
         asked = self._words(op)
         waits = self.sync == "full" or (self.sync == "claim" and isinstance(op, Claim))
         return self._verdict(op, self._ask(*asked, replicas=self.replicas if waits else 0))
+
+    async def transact_async(self, op: Op) -> Verdict:
+        """`transact` without blocking the event loop, together with what other tasks ask at that moment.
+
+        A claim that is granted to a cancelled caller is given back.
+        """
+        if self.replicas or isinstance(op, ledger.Reset):  # these wait, and would hold up the others
+            return await super().transact_async(op)
+
+        def give_back(reply: bytes) -> None:
+            verdict = self._verdict(op, reply)
+            if isinstance(op, Claim) and verdict.kind == "granted" and verdict.row is not None:
+                self.keeper.keep(ledger._not_entered(op, verdict.row.run))
+
+        return self._noted(op, self._verdict(op, await self._together.ask(self._words(op), give_back)))
 
     def _words(self, op: Op) -> tuple[Any, ...]:
         """The operation as the script takes it."""
@@ -329,6 +376,16 @@ class RedisStore(ServerStore):
     def rows(self, call: str) -> list[Run]:
         """All runs of a call, oldest first."""
         return _rows_from(call, self._look(("HGETALL", f"{self._prefix}call:{call}"))[0])
+
+    def _reread(self, call: str, run: int, owner: str) -> Sequence[Brief]:
+        return _brief_from(self._look(self._brief_words(call, run))[0], run, owner)
+
+    async def _reread_async(self, call: str, run: int, owner: str) -> Sequence[Brief]:
+        found = await self._together.ask(self._brief_words(call, run), lambda _: None)
+        return _brief_from(found, run, owner)
+
+    def _brief_words(self, call: str, run: int) -> tuple[Any, ...]:
+        return ("HMGET", f"{self._prefix}call:{call}", "head", f"{run}:row", f"{run}:result")
 
     def _exact_time(self) -> int:
         return int(self._ask("now"))
@@ -445,6 +502,15 @@ class RedisStore(ServerStore):
         self._connections = None
 
 
+def _brief_from(found: Sequence[bytes | None], run: int, owner: str) -> Sequence[Brief]:
+    head, row, result = found
+    if head is None or row is None or not head.startswith(b"%d " % run):
+        return ()
+    told = json.loads(row)  # the owner says that this is the ledger that was opened, not one begun anew
+    known = (told["status"], int(told.get("released", 0)), _or_none(result), run)
+    return (known,) if told["owner"] == owner else ()
+
+
 def _own_options(url: str) -> tuple[dict[str, str], str]:
     """What the URL asks of this store, and the URL without it, as the driver takes it."""
     parts = urlsplit(url)
@@ -509,7 +575,7 @@ def _send(connection: Any, *commands: Sequence[Any]) -> None:
 
 
 def _exchange(connection: Any, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Send all commands, then read all answers; the first error among them is raised in the end."""
+    """Send all commands, then read all answers; an error of the server stands in the place of its answer."""
     _send(connection, *commands)
     found: list[Any] = []
     for _ in commands:
@@ -517,6 +583,12 @@ def _exchange(connection: Any, commands: Sequence[tuple[Any, ...]]) -> list[Any]
             found.append(connection.read_response())
         except redis.ResponseError as error:
             found.append(error)
+    return found
+
+
+def _exchange_or_raise(connection: Any, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """The same; the first error is raised in the end."""
+    found = _exchange(connection, commands)
     for answer in found:
         if isinstance(answer, redis.ResponseError):
             raise answer

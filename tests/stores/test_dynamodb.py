@@ -73,22 +73,26 @@ def elsewhere(url: str) -> str:
 def test_two_requests_run_a_call_and_one_answers_a_duplicate(
     store: DynamoStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Claim and settle; a duplicate learns from the write that is refused. Both after the first call."""
-    guard = Guard(store=store, quiet=True)
-    charge = guard.once(replay=True)(lambda order: order)
-    charge(order=0)
-    charge(order=0)
-    guard.flush()
+    """Claim and settle; a duplicate is a read where the call is known, else the write that is refused."""
+    other = DynamoStore(store.url, namespace=store.namespace)
+    here, there = (
+        (Guard(store=s, quiet=True)).once(replay=True)(lambda order: order) for s in (store, other)
+    )
+    here(order=0)
+    there(order=0)
+    for one in (store, other):
+        one.flush()
     asked = []
 
-    for _ in range(2):
+    for charge in (here, here, there):
         with caplog.at_level(logging.DEBUG, "botocore.endpoint"):
             assert 1 == charge(order=1)
         sent = [r.args for r in caplog.records if "Making request" in r.msg]
         asked.append([str(values).partition("name=")[2].partition(")")[0] for values in sent])
         caplog.clear()
 
-    assert [["PutItem", "UpdateItem"], ["PutItem"]] == asked
+    assert [["PutItem", "UpdateItem"], ["GetItem"], ["PutItem"]] == asked
+    other.close()
 
 
 # ── time ──────────────────────────────────────────────────────────────────────────────

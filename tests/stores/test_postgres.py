@@ -153,6 +153,34 @@ def test_a_callers_clock_changes_nothing(namespace: str, days: int) -> None:
     wrong.close()
 
 
+@pytest.mark.parametrize("how", ["settles", "renews"])
+def test_a_takeover_waits_for_an_owner_that_comes_back_at_that_moment(namespace: str, how: str) -> None:
+    """The lease has lapsed, and its owner's word is on its way to the disk: the claim judges what it says."""
+    store = PostgresStore(postgres_url(), namespace=namespace)
+    run = store.transact(claim(lease=1000)).row
+    assert run is not None
+    eventually(functools.partial(store.is_over, run))
+    found: list[str] = []
+    with psycopg.connect(postgres_url()) as owner:
+        if how == "settles":
+            store.perform_on(owner, settle(run))
+        else:
+            owner.execute(f"SELECT {namespace}.renew('c', 1, %s, 60000000)", (run.owner,))
+        rival = threading.Thread(target=lambda: found.append(store.transact(claim()).kind))
+        rival.start()
+        with psycopg.connect(postgres_url(), autocommit=True) as db:
+            eventually(lambda: db.execute(_WAITS, (f"%{namespace}.claim%",)).fetchone() is not None)
+        owner.commit()
+    rival.join()
+
+    assert ["done" if how == "settles" else "live"] == found
+    assert [1] == [row.run for row in store.rows("c")]
+    store.close()
+
+
+_WAITS = "SELECT 1 FROM pg_stat_activity WHERE query LIKE %s AND wait_event_type = 'Lock'"
+
+
 def test_waiting_duplicates_are_woken(guard: Guard) -> None:
     """Many that wait for one slow run get its result soon after it ends, with one looker for all of them."""
     ended: list[float] = []
@@ -403,4 +431,67 @@ def test_settling_in_a_full_pool_waits_its_turn(namespace: str) -> None:
         return store.transact(settle(run)).kind
 
     assert ["settled"] * 32 == in_parallel(32, work)
+    store.close()
+
+
+def test_a_server_that_takes_no_more_connections_is_shared(namespace: str) -> None:
+    """A role that may connect twice serves more threads than that: all calls are made, none fails."""
+    PostgresStore(postgres_url(), namespace=namespace).check()
+    with psycopg.connect(postgres_url(), autocommit=True) as db:
+        db.execute(f"CREATE ROLE {namespace} LOGIN CONNECTION LIMIT 2")
+        db.execute(f"GRANT USAGE ON SCHEMA {namespace} TO {namespace}")
+        db.execute(f"GRANT ALL ON ALL TABLES IN SCHEMA {namespace} TO {namespace}")
+        store = PostgresStore(
+            postgres_url().replace("postgres:@", f"{namespace}:@"), namespace=namespace, connections=8
+        )
+
+        kinds = in_parallel(8, lambda n: [store.transact(claim(f"c{n}-{i}")).kind for i in range(20)])
+
+        store.close()
+        eventually(functools.partial(is_dropped, db, namespace))
+    assert [["granted"] * 20] * 8 == kinds
+
+
+def is_dropped(db: psycopg.Connection, role: str) -> bool:
+    """Drop a role with what it may do, once nobody is connected as it."""
+    if db.execute("SELECT 1 FROM pg_stat_activity WHERE usename = %s", (role,)).fetchone():
+        return False
+    db.execute(f"DROP OWNED BY {role}")
+    db.execute(f"DROP ROLE {role}")
+    return True
+
+
+def test_whoever_waits_too_long_for_a_connection_is_told(namespace: str) -> None:
+    """With all connections busy for `lock_seconds` the call is refused; it is made once one is free."""
+    store = PostgresStore(postgres_url(), namespace=namespace, connections=1, lock_seconds=0.2)
+    store.check()
+    busy = threading.Thread(target=lambda: store.browse("SELECT pg_sleep(2)"))
+    busy.start()
+    try:
+        with psycopg.connect(postgres_url(), autocommit=True) as db:
+            eventually(lambda: db.execute(_SLEEPS).fetchone() is not None)
+        with pytest.raises(StoreError, match=r"all 1 connections were busy for 0\.2 s; nothing was asked"):
+            store.transact(claim())
+    finally:
+        busy.join()
+
+    assert "granted" == store.transact(claim()).kind
+    store.close()
+
+
+_SLEEPS = "SELECT 1 FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(2)' AND state = 'active'"
+
+
+def test_a_statement_that_is_interrupted_harms_no_later_one(namespace: str) -> None:
+    """Ctrl-C while a claim waits for the server: the next question gets its own answer."""
+    store = PostgresStore(postgres_url(), namespace=namespace, connections=1)
+    store.check()
+    with psycopg.connect(postgres_url()) as other:
+        other.execute(f"LOCK TABLE {namespace}.runs")
+        threading.Timer(0.5, lambda: signal.raise_signal(signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            store.transact(claim())
+
+    assert "granted" == store.transact(claim("d")).kind
+    assert "settled" == store.transact(settle(store.rows("d")[0])).kind
     store.close()

@@ -339,24 +339,25 @@ def test_two_stores_of_one_process_count_apart(store: RedisStore) -> None:
 
 
 def test_two_round_trips_run_a_call_and_one_answers_a_duplicate(server: RedisServer) -> None:
-    """Claim and settle; a duplicate learns from its claim alone. Counting is apart, and batched."""
-    guard = Guard(store=RedisStore(server.url, namespace=fresh_namespace()), quiet=True)
-    charge = guard.once(replay=True)(lambda order: order)
-    charge(order=0)
-    charge(order=0)
-    guard.flush()
+    """Claim and settle; a duplicate learns from its claim alone, of a known call from a plain read."""
+    namespace = fresh_namespace()
+    guards = [Guard(store=RedisStore(server.url, namespace=namespace), quiet=True) for _ in range(2)]
+    first, second = [guard.once(replay=True, name="charge")(lambda order: order) for guard in guards]
+    for charge in (first, first, second):
+        charge(order=0)
+    for guard in guards:
+        guard.flush()
     with server.client() as plain, plain.monitor() as seen:
-        charge(order=1)
-        plain.echo("run")
-        charge(order=1)
+        for charge in (first, first, second, second):
+            charge(order=1)
         plain.echo("replayed")
 
-        sent = list(words_until(seen, "replayed"))
+        sent = [words.split() for words in words_until(seen, "replayed")]
 
-    guard.close()
-    asked = [words.split()[4] for words in sent if words.startswith("EVALSHA")]
-    assert (["claim", "settle", "claim"], 2) == (asked, sum(w.startswith("ECHO") for w in sent))
-    assert len(sent) == len(asked) + 2
+    for guard in guards:
+        guard.close()
+    asked = [words[4] if words[0] == "EVALSHA" else words[0] for words in sent]
+    assert ["claim", "settle", "HMGET", "claim", "HMGET", "ECHO"] == asked
 
 
 def words_until(seen: Any, last: str) -> Iterator[str]:

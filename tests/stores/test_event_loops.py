@@ -1,0 +1,195 @@
+"""Event loops on the servers' stores: nothing blocks them, nothing is lost when tasks are cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from ledger import Guard, StoreError
+from ledger_stores.postgres import PostgresStore
+from ledger_stores.redis import RedisStore
+from ledger_stores.testing import in_parallel
+from tests.stores.redis_kit import RedisServer, redis_url
+from tests.stores.servers import fresh_namespace, postgres_url
+
+
+@pytest.fixture(params=["postgres", "redis"])
+def guard(request: pytest.FixtureRequest) -> Iterator[Guard]:
+    """A guard on a server."""
+    namespace = fresh_namespace()
+    if request.param == "redis":
+        made = Guard(store=RedisStore(redis_url(), namespace=namespace), quiet=True)
+    else:
+        made = Guard(store=PostgresStore(postgres_url(), namespace=namespace), quiet=True)
+    made.defaults(replay=True)
+    yield made
+    made.close()
+
+
+runs: Counter[int] = Counter()
+
+
+@pytest.fixture(autouse=True)
+def no_runs() -> None:
+    """Each test counts anew."""
+    runs.clear()
+
+
+async def pay(order: int) -> int:
+    """A tool that takes a moment."""
+    runs[order] += 1
+    await asyncio.sleep(0)
+    return order
+
+
+def test_many_tasks_get_each_its_own_answer(guard: Guard) -> None:
+    """A hundred at once, some the same: each call runs once, and everybody gets the result of its own."""
+
+    async def work() -> list[int]:
+        return await asyncio.gather(*(guard(pay, n % 70) for n in range(100)))
+
+    assert [n % 70 for n in range(100)] == asyncio.run(work())
+    assert dict.fromkeys(range(70), 1) == runs
+
+
+def test_loops_of_several_threads_share_a_store(guard: Guard) -> None:
+    """Four loops at once, one after another in each thread: each call runs once."""
+
+    async def work() -> list[int]:
+        return await asyncio.gather(*(guard(pay, n) for n in range(30)))
+
+    found = in_parallel(4, lambda _: [asyncio.run(work()) for _ in range(3)])
+
+    assert [[list(range(30))] * 3] * 4 == found
+    assert dict.fromkeys(range(30), 1) == runs
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.002, 0.01])
+def test_the_claims_of_cancelled_tasks_are_given_back(guard: Guard, moment: float) -> None:
+    """Whenever a task is cancelled: its call is not left running, and the next caller gets it done."""
+
+    async def work() -> list[int]:
+        tasks = [asyncio.ensure_future(guard(pay, n)) for n in range(40)]
+        await asyncio.sleep(moment)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return await asyncio.wait_for(asyncio.gather(*(guard(pay, n) for n in range(40))), 30)
+
+    assert list(range(40)) == asyncio.run(work())
+    assert set(range(40)) == set(runs)
+
+
+def test_a_loop_that_ends_in_the_midst_leaves_no_run_open(guard: Guard) -> None:
+    """`asyncio.run` cancels what is under way; another loop then makes the same calls."""
+
+    async def leave() -> None:
+        tasks.extend(asyncio.ensure_future(guard(pay, n)) for n in range(20))
+        await asyncio.sleep(0)
+
+    async def work() -> list[int]:
+        return await asyncio.wait_for(asyncio.gather(*(guard(pay, n) for n in range(20))), 30)
+
+    tasks: list[asyncio.Future[int]] = []
+    asyncio.run(leave())
+
+    assert list(range(20)) == asyncio.run(work())
+
+
+def test_a_forked_child_asks_for_itself(guard: Guard) -> None:
+    """After a fork in the midst of async work both sides go on."""
+
+    async def work(*orders: int) -> list[int]:
+        return await asyncio.gather(*(guard(pay, n) for n in orders))
+
+    asyncio.run(work(1, 2, 3))
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            code = 0 if asyncio.run(work(1, 2, 4)) == [1, 2, 4] and runs[1] == 1 else 2
+            guard.close()
+        finally:
+            os._exit(code)
+
+    assert (pid, 0) == os.waitpid(pid, 0)
+    assert [4, 5] == asyncio.run(work(4, 5))
+    assert 0 == runs[4]
+
+
+def test_a_server_that_takes_its_time_does_not_stop_the_loop() -> None:
+    """While Redis stands still the loop goes on; the calls are made when it moves again."""
+    server = RedisServer()
+    guard = Guard(store=RedisStore(server.url, namespace=fresh_namespace()), quiet=True)
+    guard.check()
+
+    async def work() -> tuple[int, list[int]]:
+        with server.client() as plain:
+            plain.execute_command("CLIENT", "PAUSE", "300", "ALL")
+        calls = asyncio.gather(*(guard(pay, n) for n in range(10)))
+        ticks = 0
+        while not calls.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        return ticks, await calls
+
+    ticks, found = asyncio.run(work())
+
+    assert list(range(10)) == found
+    assert ticks >= 5
+    guard.close()
+    server.close()
+
+
+def test_scripts_that_were_flushed_are_sent_again() -> None:
+    """A restarted Redis knows no script: tasks that ask together do not notice."""
+    server = RedisServer()
+    guard = Guard(store=RedisStore(server.url, namespace=fresh_namespace()), quiet=True)
+
+    async def work(*orders: int) -> list[int]:
+        return await asyncio.gather(*(guard(pay, n) for n in orders))
+
+    asyncio.run(work(1, 2))
+    with server.client() as plain:
+        plain.script_flush()
+
+    assert [3, 4, 5] == asyncio.run(work(3, 4, 5))
+    guard.close()
+    server.close()
+
+
+def test_each_task_is_told_that_the_server_is_gone() -> None:
+    """A Redis that went away is an error for all who ask, and none of their tools runs."""
+    server = RedisServer()
+    guard = Guard(store=RedisStore(server.url, namespace=fresh_namespace(), lock_seconds=1), quiet=True)
+    guard.check()
+    server.stop()
+
+    async def work() -> list[object]:
+        return await asyncio.gather(*(guard(pay, n) for n in range(5)), return_exceptions=True)
+
+    found = asyncio.run(work())
+
+    assert [StoreError] * 5 == [type(error) for error in found]
+    assert not runs
+    server.start()
+    guard.close()
+    server.close()
+
+
+def test_the_thread_that_asks_is_one(guard: Guard) -> None:
+    """However many tasks and loops there are, a Redis store asks from one thread."""
+
+    async def work() -> None:
+        await asyncio.gather(*(guard(pay, n) for n in range(50)))
+
+    before = set(threading.enumerate())
+    in_parallel(3, lambda _: asyncio.run(work()))
+
+    made = [thread.name for thread in threading.enumerate() if thread not in before]
+    assert made.count("ledger-asker") <= 1
