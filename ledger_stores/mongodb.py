@@ -32,8 +32,8 @@ former primary until the next look: leases must be longer than the servers' cloc
 
 Duplicates that wait are found by polling with back-off, one poller per process however many wait.  Once
 its pauses are long a change stream ends them early, where the server has one and the account may use it.
-Texts that make a call larger than 1 MB lie in `<namespace>.texts`, written before
-the document that names them.  No log of all events is kept: each call keeps the newest of its own.
+Texts that make a call larger than 1 MB lie in `<namespace>.texts`, written before the document that names
+them.  No log of all events is kept: each call keeps the newest of its own.
 """
 
 from __future__ import annotations
