@@ -41,6 +41,7 @@ class ServerStore(Store):
     judges_in_claim = True
     #: `browse` takes the SQL that SQLite and PostgreSQL have in common
     speaks_sql = False
+    lock_seconds: float
 
     def __init__(self, url: str, *, namespace: str | None = None, clock: Clock | None = None) -> None:
         super().__init__(clock=clock)
@@ -59,6 +60,11 @@ class ServerStore(Store):
         self._watcher = _Watcher(self)
         self._offset = 0.0
         self._offset_at = 0.0
+
+    @property
+    def _patience(self) -> float:
+        """How long one answer may take."""
+        return max(1.0, self.lock_seconds)
 
     # -- counting: buffered --
 

@@ -1,4 +1,4 @@
-"""The guard on PostgreSQL (12 or newer), with psycopg 3.
+"""The guard on PostgreSQL (13 or newer), with psycopg 3.
 
 Durable as the server's `synchronous_commit` makes it: `on`, the default of PostgreSQL and asked for by
 `sync="full"`, survives a killed server and a power cut of it; a fail-over loses what the standby does
@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import psycopg
 import psycopg_pool
+from psycopg.abc import RV, PQGen
 from psycopg.rows import tuple_row
 
 import ledger
@@ -33,6 +34,8 @@ _COLUMNS = ", ".join(Run._fields)
 _EVENTS = ("seq", "call", "run", "kind", "at", "tool", "wf", "caller", "n", "detail")
 #: how long an operation is repeated after its connection was lost
 _RETRY_SECONDS = 5.0
+#: how long the pool is left to itself while it connects: its pauses double, to minutes after an outage
+_CONNECT_SECONDS = 1.0
 
 
 class PostgresStore(ServerStore):
@@ -61,13 +64,13 @@ class PostgresStore(ServerStore):
 
     def _begin(self) -> None:
         super()._begin()
-        self._pool: psycopg_pool.ConnectionPool[psycopg.Connection[Any]] | None = None
+        self._pool: psycopg_pool.ConnectionPool[_Connection] | None = None
         self._prepares = True
-        self._listening: psycopg.Connection[Any] | None = None
+        self._listening: _Connection | None = None
 
     # -- connections --
 
-    def _opened(self) -> psycopg_pool.ConnectionPool[psycopg.Connection[Any]]:
+    def _opened(self) -> psycopg_pool.ConnectionPool[_Connection]:
         pool = self._pool
         if pool is None:
             with self._opening:
@@ -75,11 +78,19 @@ class PostgresStore(ServerStore):
                 self._pool = pool
         return pool
 
-    def _open(self) -> psycopg_pool.ConnectionPool[psycopg.Connection[Any]]:
+    def _connect(self) -> _Connection:
+        db = _Connection.connect(self.url, autocommit=True, connect_timeout=5)
+        self._limit(db)
+        return db
+
+    def _limit(self, db: _Connection) -> None:
+        db.answer_seconds = self._patience
+
+    def _open(self) -> psycopg_pool.ConnectionPool[_Connection]:
         limit = time.monotonic() + _RETRY_SECONDS
         while True:
             try:
-                with psycopg.connect(self.url, autocommit=True, connect_timeout=5) as db:
+                with self._connect() as db:
                     self._prepare(db)
                 break
             except psycopg.Error as error:  # who refuses is told at once; who is starting gets a moment
@@ -98,11 +109,14 @@ class PostgresStore(ServerStore):
         }
         return psycopg_pool.ConnectionPool(
             self.url,
+            connection_class=_Connection,
+            configure=self._limit,
             min_size=0,
             max_size=self.connections,
             kwargs=settings,
             open=True,
-            timeout=self.lock_seconds,
+            timeout=_CONNECT_SECONDS,
+            reconnect_timeout=_CONNECT_SECONDS / 2,
             name="ledger",
         )
 
@@ -144,14 +158,15 @@ class PostgresStore(ServerStore):
         return db.execute(sql, (self.namespace,)).fetchone() is not None
 
     def _translated(self, error: Exception) -> StoreError:
-        where = without_password(self.url)
+        where, what = without_password(self.url), str(error).strip().splitlines()[0]
         if isinstance(error, psycopg_pool.PoolTimeout):
-            advice = f"no connection within {self.lock_seconds:g} s; see that the server answers"
+            what = f"no connection within {self._patience:g} s"
+            advice = "see that the server answers, and that no more is asked at once than it can do"
         elif isinstance(error, psycopg.OperationalError):
             advice = "see that the server runs there and lets this account in"
         else:
             advice = "see the server's log"
-        told = StoreError(f"{where}: {str(error).strip().splitlines()[0]}; {advice}")
+        told = StoreError(f"{where}: {what}; {advice}")
         told.full = getattr(error, "sqlstate", None) == "53100"
         return told
 
@@ -162,14 +177,16 @@ class PostgresStore(ServerStore):
         may be asked twice.
         """
         text = sql.replace(":ns", self.namespace)
-        limit = time.monotonic() + _RETRY_SECONDS
+        began = time.monotonic()
         while True:
             try:
                 with self._opened().connection() as db:
                     return db.execute(text, values).fetchall()
+            except psycopg_pool.PoolTimeout as error:  # asked again, it connects again
+                if time.monotonic() > began + self._patience:
+                    raise self._translated(error) from error
             except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-                broken = not isinstance(error, psycopg_pool.PoolTimeout) and _is_broken(error)
-                if not broken or time.monotonic() > limit:
+                if not _is_broken(error) or time.monotonic() > began + _RETRY_SECONDS:
                     raise self._translated(error) from error
                 time.sleep(0.05)
             except (psycopg.errors.InvalidSqlStatementName, psycopg.errors.DuplicatePreparedStatement):
@@ -339,9 +356,9 @@ class PostgresStore(ServerStore):
     def _without_live_run(self, calls: Sequence[str]) -> list[str]:
         return [row[0] for row in self._ask(_WITHOUT_LIVE_RUN, (list(calls),))]
 
-    def _listener(self) -> psycopg.Connection[Any]:
+    def _listener(self) -> _Connection:
         if self._listening is None or self._listening.closed:
-            self._listening = psycopg.connect(self.url, autocommit=True, connect_timeout=5)
+            self._listening = self._connect()
             self._listening.execute(f"LISTEN {self.namespace}")
         return self._listening
 
@@ -369,6 +386,27 @@ class PostgresStore(ServerStore):
 
     def _abandon(self) -> None:
         self._pool = self._listening = None
+
+
+class _Connection(psycopg.Connection[Any]):
+    """A connection that is closed when an answer takes longer than it may: libpq would wait for ever."""
+
+    answer_seconds = 30.0
+
+    def wait(self, gen: PQGen[RV], *args: Any, **settings: Any) -> RV:
+        """What the driver waits in, whatever it waits for."""
+        return super().wait(self._in_time(gen), *args, **settings)
+
+    def _in_time(self, gen: PQGen[RV]) -> PQGen[RV]:
+        limit = time.monotonic() + self.answer_seconds
+        try:
+            ready = yield next(gen)
+            while ready or time.monotonic() < limit:
+                ready = yield gen.send(ready)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        self.close()
+        raise psycopg.OperationalError(f"no answer within {self.answer_seconds:g} s")
 
 
 def _is_broken(error: Exception) -> bool:

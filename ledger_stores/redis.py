@@ -137,11 +137,6 @@ class RedisStore(ServerStore):
             )
         return self._connect(self._patience)
 
-    @property
-    def _patience(self) -> float:
-        """How long one answer may take."""
-        return max(1.0, self.lock_seconds)
-
     def _connect(self, seconds: float) -> _Connections:
         """Connections whose answers may take that long; none is made yet."""
         try:

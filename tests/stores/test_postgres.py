@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -18,8 +16,8 @@ import pytest
 from ledger import Clock, Guard, InProgress, StoreError, UsageError
 from ledger_stores.postgres import PostgresStore
 from ledger_stores.testing import claim, in_parallel, reset, settle
-from tests.actors import Stage, eventually, stage
-from tests.stores.servers import OwnPostgres, fresh_namespace, postgres_url
+from tests.actors import eventually, stage
+from tests.stores.servers import fresh_namespace, postgres_url
 
 PREPARE = "guard = Guard(sys.argv[2], namespace=sys.argv[3], quiet=True)\n"
 
@@ -205,119 +203,6 @@ def test_prepared_statements_that_are_gone_are_no_error(guard: Guard, namespace:
     store.browse(f"SELECT {namespace}.forget()")  # hidden in a function, so that psycopg does not take note
 
     assert ["replayed", "executed"] == [guard.call(charge, order).kind for order in (3, 10)]
-
-
-def test_a_connection_that_is_killed_costs_no_run(guard: Guard, namespace: str) -> None:
-    """Backends are terminated all the time: every call still runs once, and nothing is lost."""
-    stop = threading.Event()
-    runs: list[int] = []
-
-    def pay(number: int) -> int:
-        runs.append(number)
-        return number
-
-    def kill() -> None:
-        with psycopg.connect(postgres_url(), autocommit=True) as db:
-            while not stop.is_set():
-                db.execute(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
-                    " AND query LIKE %s",
-                    (f"%{namespace}.%",),
-                )
-                time.sleep(0.1)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
-        results = in_parallel(4, lambda n: [guard(pay, 100 * n + i) for i in range(40)])
-    finally:
-        stop.set()
-        killer.join()
-
-    asked = sorted(100 * n + i for n in range(4) for i in range(40))
-    assert asked == sorted(x for part in results for x in part) == sorted(runs)
-    guard.flush()
-    assert (160, 160) == (guard.stats()["executed"], guard.stats()["attempts"])
-
-
-@pytest.mark.slow
-def test_a_server_that_restarts_loses_no_call(tmp_path: Path) -> None:
-    """The server is stopped and started in the midst of calls of four processes: each call runs once."""
-    script = PREPARE + (
-        "def pay(n):\n    effect(n)\n    return n\n"
-        "say('ready')\nhear()\n"
-        "for n in range(500):\n"
-        "    while True:\n"
-        "        try:\n            guard(pay, n, key=f'{sys.argv[4]}-{n}')\n            break\n"
-        "        except StoreError:\n            time.sleep(0.05)\n"
-    )
-    with OwnPostgres() as server, stage(tmp_path) as crew:
-        crowd = [crew.start(script, server.url, "ledger", number) for number in range(4)]
-        for actor in crowd:
-            assert actor.line() == "ready"
-        for actor in crowd:
-            actor.tell("go")
-        for _ in range(2):
-            enough = len(crew.effects()) + 100
-            eventually(functools.partial(has_effects, crew, enough))
-            server.restart()
-        for actor in crowd:
-            actor.ends_well()
-
-        assert 2000 == len(crew.effects())
-        store = PostgresStore(server.url)
-        sums = store.totals()
-        assert {2000} == {s["executed"] for s in sums.values()} == {s["actions"] for s in sums.values()}
-        store.close()
-
-
-@pytest.mark.slow
-def test_killed_and_paused_owners(tmp_path: Path, namespace: str) -> None:
-    """A killed owner's run is taken over when its lease lapses; one that was paused past it ends late."""
-    script = PREPARE + (
-        "guard.policy('pay', timeout=1.5)\n"
-        "def pay(n):\n    effect(sys.argv[4], n)\n    say('in')\n    hear()\n    return n\n"
-        "guard(pay, 1)\nsay('out')"
-    )
-    with stage(tmp_path) as crew:
-        for how in ("kill", "freeze"):
-            name = f"{namespace}{how[0]}"
-            first = crew.start(script, postgres_url(), name, how)
-            assert "in" == first.line()
-            store = PostgresStore(postgres_url(), namespace=name)
-            if how == "kill":
-                first.kill()
-            else:
-                first.freeze()
-            [call] = [r.call for r, _ in store.calls()]
-            eventually(functools.partial(is_given_up, store, call))
-            second = crew.start(script, postgres_url(), name, "second")
-            assert "in" == second.line()
-            second.tell("go on")
-            second.ends_well()
-            if how == "freeze":
-                first.send(signal.SIGCONT)
-                first.tell("go on")
-                first.ends_well()
-                assert "had been given up" in first.errors()
-            rows = store.rows(call)
-            assert (["doubt", "success"], "success" if how == "freeze" else None) == (
-                [r.status for r in rows],
-                rows[0].late,
-            )
-            store.close()
-            with psycopg.connect(postgres_url(), autocommit=True) as db:
-                db.execute(f"DROP SCHEMA {name} CASCADE")
-
-
-def has_effects(crew: Stage, count: int) -> bool:
-    """Whether the tools have done so much."""
-    return len(crew.effects()) > count
-
-
-def is_given_up(store: PostgresStore, call: str) -> bool:
-    """Whether the lease of its run has lapsed."""
-    return store.is_over(store.rows(call)[-1])
 
 
 def test_a_forked_child_has_its_own_connections(guard: Guard) -> None:
