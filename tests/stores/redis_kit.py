@@ -12,6 +12,8 @@ import subprocess
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -97,6 +99,15 @@ class RedisServer:
         with self.client() as plain:
             plain.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
             plain.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        """It has as many callers as it takes."""
+        with self.client() as plain:
+            before = plain.config_get("maxclients")["maxclients"]
+            plain.config_set("maxclients", len(plain.client_list()))
+            yield
+            plain.config_set("maxclients", before)
 
     def way(self) -> Way:
         """A way to it on which messages can be held up."""

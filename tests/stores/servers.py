@@ -12,6 +12,8 @@ import tempfile
 import time
 import uuid
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -107,6 +109,15 @@ class OwnPostgres:
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
                 " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
             )
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        """It has as many callers as it takes."""
+        with ExitStack() as crowd:
+            with suppress(psycopg.OperationalError):
+                while True:
+                    crowd.enter_context(psycopg.connect(self.url))
+            yield
 
     def way(self) -> Way:
         """A way to it on which messages can be held up."""

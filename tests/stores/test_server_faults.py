@@ -5,17 +5,18 @@ What the tools did is counted in a file outside the store that is only appended 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
-from ledger import Guard, Run
+from ledger import Guard, Run, StoreError
 from ledger_stores import open_store
 from ledger_stores.base import ServerStore
 from tests.actors import Actor, Stage, eventually, stage
@@ -355,3 +356,218 @@ def test_a_caller_that_is_paused_before_it_settled(
     assert ["first 7", "rerun 7"] == crew.effects()
     rows = rows_of(server, namespace)
     assert [("doubt", "success"), ("success", None)] == [(run.status, run.late) for run in rows]
+
+
+# ── duplicates that wait, in threads and in an event loop ─────────────────────────────
+
+OWNER = """
+guard = Guard(sys.argv[2], namespace=sys.argv[3], quiet=True, lock_seconds=2)
+
+@guard.once(name="pay", replay=True)
+def pay(n):
+    effect("owner", n)
+    say("in")
+    hear()
+    return n
+
+say(pay(7))
+hear()
+"""
+
+
+def watchers() -> bool:
+    """Whether somebody in this process looks for those that wait."""
+    return any(thread.name == "ledger-watcher" for thread in threading.enumerate())
+
+
+class Duplicates:
+    """Callers of this process, whose call runs in another one until it is told to end."""
+
+    def __init__(self, crew: Stage, url: str, namespace: str) -> None:
+        self.owner = crew.start(OWNER, url, namespace)
+        assert "in" == self.owner.line()
+        self.answers: list[object] = []
+        self._guards = [Guard(url, namespace=namespace, quiet=True, lock_seconds=2) for _ in range(2)]
+        options: dict[str, Any] = {"name": "pay", "replay": True, "wait": 60}
+
+        def pay(n: int) -> int:
+            with Path(f"{crew.db}.effects").open("a") as file:
+                file.write(f"duplicate {n}\n")
+            return n
+
+        async def pay_async(n: int) -> int:
+            return pay(n)
+
+        self.pay = self._guards[0].once(**options)(pay)
+        self.pay_async = self._guards[1].once(**options)(pay_async)
+        for guard in self._guards:
+            guard.check()
+
+    def begin(self, threads: int, tasks: int) -> list[threading.Thread]:
+        """So many that wait; returns when they do."""
+        works = [threading.Thread(target=self._ask) for _ in range(threads)]
+        works.append(threading.Thread(target=asyncio.run, args=(self._ask_all(tasks),)))
+        assert not watchers()
+        for work in works:
+            work.start()
+        eventually(watchers)
+        return works
+
+    def close(self) -> None:
+        """Give back what was opened."""
+        for guard in self._guards:
+            guard.close()
+        eventually(lambda: not watchers())
+
+    def _ask(self) -> None:
+        try:
+            self.answers.append(self.pay(7))
+        except StoreError:
+            self.answers.append(StoreError)
+
+    async def ask_async(self) -> None:
+        """One more, in the loop that runs."""
+        try:
+            self.answers.append(await self.pay_async(7))
+        except StoreError:
+            self.answers.append(StoreError)
+
+    async def _ask_all(self, tasks: int) -> None:
+        await asyncio.gather(*(self.ask_async() for _ in range(tasks)))
+
+
+@pytest.fixture
+def duplicates(crew: Stage, server: Server, namespace: str) -> Iterator[Duplicates]:
+    """Callers whose call runs elsewhere."""
+    made = Duplicates(crew, server.url, namespace)
+    yield made
+    made.close()
+
+
+def test_duplicates_that_wait_over_a_restart(duplicates: Duplicates, crew: Stage, server: Server) -> None:
+    """Each gets the result, or is told that the server was away; none gets nothing, and none runs."""
+    waiting = duplicates.begin(threads=6, tasks=6)
+    server.stop()
+    server.start()
+    duplicates.owner.tell("end")
+
+    for thread in waiting:
+        thread.join()
+    assert 12 == len(duplicates.answers)
+    assert {7, StoreError} >= set(duplicates.answers)
+    assert "7" == duplicates.owner.line()
+    assert 7 == duplicates.pay(7)
+    assert ["owner 7"] == crew.effects()
+
+
+def test_duplicates_that_wait_for_a_server_that_stays_away(
+    duplicates: Duplicates, crew: Stage, server: Server
+) -> None:
+    """All are told; the owner's end is written when the server is back, and answers who asks then."""
+    waiting = duplicates.begin(threads=6, tasks=6)
+    server.crash()
+    duplicates.owner.tell("end")
+    for thread in waiting:
+        thread.join()
+    assert "7" == duplicates.owner.line()
+    server.start()
+
+    duplicates.owner.tell("leave")  # not before the server is back: an exit insists for five seconds only
+    duplicates.owner.ends_well()
+    assert [StoreError] * 12 == duplicates.answers
+    assert 7 == duplicates.pay(7)
+    assert ["owner 7"] == crew.effects()
+
+
+@pytest.mark.parametrize("fault", ["crash", "pause"])
+def test_an_event_loop_goes_on_while_the_server_does_not(
+    duplicates: Duplicates, crew: Stage, server: Server, fault: str
+) -> None:
+    """A task that ticks beside a call to a server that is away ticks as often as a thread does."""
+    ticks = Counter[str]()
+
+    async def tick() -> None:
+        while True:
+            await asyncio.sleep(0.01)
+            ticks["loop"] += 1
+
+    def tick_beside(over: threading.Event) -> None:
+        while not over.wait(0.01):
+            ticks["thread"] += 1
+
+    async def ask() -> None:
+        over = threading.Event()
+        ticker = asyncio.create_task(tick())
+        yardstick = threading.Thread(target=tick_beside, args=(over,))
+        yardstick.start()
+        await duplicates.ask_async()
+        over.set()
+        ticker.cancel()
+        yardstick.join()
+
+    getattr(server, fault)()
+    asyncio.run(ask())
+    getattr(server, {"crash": "start", "pause": "go_on"}[fault])()
+
+    assert [StoreError] == duplicates.answers
+    assert ticks["loop"] > ticks["thread"] / 2 > 25
+    duplicates.owner.tell("end")
+    assert "7" == duplicates.owner.line()
+    assert ["owner 7"] == crew.effects()
+
+
+# ── a server that hangs, and one that takes no more ───────────────────────────────────
+
+
+def test_a_server_that_hangs_is_an_error_and_nothing_runs(server: Server, namespace: str) -> None:
+    """It takes messages and answers none: nothing is entered, and an end is kept until it answers."""
+    effects: list[int] = []
+    guard = Guard(server.url, namespace=namespace, quiet=True, lock_seconds=1)
+
+    def pay(n: int) -> int:
+        effects.append(n)
+        if n == 1:
+            server.pause()
+        return n
+
+    try:
+        assert 1 == guard(pay, 1)
+        with pytest.raises(StoreError):
+            guard(pay, 2)
+    finally:
+        server.go_on()
+
+    assert 2 == guard(pay, 2)
+    assert [1, 2] == effects
+    guard.flush()
+    guard.close()
+    with contextlib.closing(store_of(server, namespace)) as store:
+        eventually(lambda: [record.status for record, _ in store.calls()] == ["success"] * 2)
+
+
+def test_a_new_guard_on_a_server_that_hangs(server: Server, namespace: str) -> None:
+    """Nothing is opened, so nothing runs."""
+    guard = Guard(server.url, namespace=namespace, quiet=True, lock_seconds=1)
+    server.pause()
+    try:
+        with pytest.raises(StoreError):
+            guard(pytest.fail, "ran")
+    finally:
+        server.go_on()
+    guard.close()
+
+
+def test_a_server_that_takes_no_more_callers(server: Server, namespace: str) -> None:
+    """Who has a connection goes on; who has none gets a `StoreError`, and no tool is entered."""
+    effects: list[int] = []
+    guards = [Guard(server.url, namespace=namespace, quiet=True, lock_seconds=n) for n in (1, 2)]
+    guards[0](effects.append, 1)
+    with server.full():
+        guards[0](effects.append, 2)
+        with pytest.raises(StoreError):
+            guards[1](effects.append, 3)
+
+    guards[1](effects.append, 3)
+    assert [1, 2, 3] == effects
+    for guard in guards:
+        guard.close()
