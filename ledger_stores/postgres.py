@@ -34,6 +34,7 @@ _COLUMNS = ", ".join(Run._fields)
 _EVENTS = ("seq", "call", "run", "kind", "at", "tool", "wf", "caller", "n", "detail")
 #: how long an operation is repeated after its connection was lost
 _RETRY_SECONDS = 5.0
+_DEADLOCK = "40P01"
 #: how long the pool is left to itself while it connects: its pauses double, to minutes after an outage
 _CONNECT_SECONDS = 1.0
 
@@ -342,12 +343,15 @@ class PostgresStore(ServerStore):
         """Which of these calls have no live run any more; returns after so many seconds, or when notified."""
         if found := self._without_live_run(calls):
             return found
-        self._ask(_ASK_TO_BE_TOLD, (ledger._me().id, list(calls)))
-        if found := self._without_live_run(calls):  # it ended before anybody knew of us
-            return found
         try:
-            for _ in self._listener().notifies(timeout=seconds, stop_after=1):
-                pass
+            listener = self._listener()
+            self._ask(_ASK_TO_BE_TOLD, (sorted(calls),))
+            if found := self._without_live_run(calls):  # it ended before anybody knew of us
+                return found
+            wanted = set(calls)  # others are told of others' calls too
+            for told in listener.notifies(timeout=seconds):
+                if told.payload in wanted:
+                    break
         except psycopg.Error:
             self._drop_listener()
             time.sleep(seconds)
@@ -410,9 +414,9 @@ class _Connection(psycopg.Connection[Any]):
 
 
 def _is_broken(error: Exception) -> bool:
-    """Whether the connection is gone, rather than the statement refused."""
+    """Whether the connection is gone or the way was blocked, so that asking again helps."""
     state = getattr(error, "sqlstate", None)
-    return state is None or state[:2] in ("08", "57")
+    return state is None or state[:2] in ("08", "57") or state == _DEADLOCK
 
 
 @functools.cache
@@ -453,11 +457,8 @@ SELECT tool, SUM(actions), SUM(attempts), SUM(executed), SUM(blocked), SUM(faile
     SELECT tool, COUNT(*), SUM(ran + raised), SUM(ran), 0, 0, 0, 0, 0 FROM :ns.tallies GROUP BY tool) AS parts
  GROUP BY tool ORDER BY tool
 """
-#: whoever settles one of these calls within the next five seconds sends a notification
-_ASK_TO_BE_TOLD = """
-INSERT INTO :ns.waiting SELECT c, %s, :ns.now_us() + 5000000 FROM unnest(%s::text[]) AS c
-ON CONFLICT (call, process) DO UPDATE SET until = EXCLUDED.until RETURNING 1
-"""
+#: whoever settles one of these calls next sends a notification
+_ASK_TO_BE_TOLD = "INSERT INTO :ns.waiting SELECT unnest(%s::text[]) ON CONFLICT DO NOTHING RETURNING 1"
 _WITHOUT_LIVE_RUN = """
 SELECT c FROM unnest(%s::text[]) AS c WHERE NOT EXISTS (
   SELECT 1 FROM :ns.runs r WHERE r.call = c AND r.status = 'running' AND r.lease > :ns.now_us())

@@ -75,8 +75,8 @@ CREATE TABLE :ns.processes (
 -- the last batch of counts that each writer wrote: one whose reply was lost is sent again
 CREATE TABLE :ns.batches (writer text PRIMARY KEY, number bigint NOT NULL, at bigint NOT NULL);
 
-CREATE TABLE :ns.waiting (call text COLLATE "C" NOT NULL, process text NOT NULL, until bigint NOT NULL,
-  PRIMARY KEY (call, process));
+-- calls that somebody waits for, in whatever process; lost in a crash, after which looking finds their ends
+CREATE UNLOGGED TABLE :ns.waiting (call text COLLATE "C" PRIMARY KEY);
 
 CREATE TABLE :ns.meta (name text PRIMARY KEY, value text);
 INSERT INTO :ns.meta VALUES ('schema', '1');
@@ -225,6 +225,9 @@ BEGIN
   IF NOT FOUND THEN
     RETURN :ns.verdict('gone', NULL, NULL, 1);
   END IF;
+  IF mine.status = 'running' THEN                 -- a claim whose reply was lost does not know its run
+    RETURN :ns.settle(c, mine.run, token, ending, c_result, c_error, c_trace);
+  END IF;
   IF mine.closed_by = token THEN                  -- the reply to my own settle was lost
     RETURN :ns.verdict('settled', mine, NULL, 1);
   END IF;
@@ -242,6 +245,8 @@ END $$;
 CREATE FUNCTION :ns.renew(c text, n integer, token text, c_lease bigint) RETURNS json
 LANGUAGE plpgsql AS $$
 BEGIN
+  -- else a takeover that has read the lapsed lease closes a run that was told to go on
+  PERFORM pg_advisory_xact_lock(hashtextextended(':ns' || c, 0));
   UPDATE :ns.runs SET lease = :ns.now_us() + c_lease
    WHERE call = c AND run = n AND owner = token AND status = 'running';
   RETURN :ns.verdict(CASE WHEN FOUND THEN 'renewed' ELSE 'lost' END, NULL, NULL, 1);
@@ -333,7 +338,7 @@ BEGIN
   RETURN :ns.verdict('reset', last, NULL, 1);
 END $$;
 
--- tell those who wait for this call, if anybody does: NOTIFY for nobody would cost every settle
+-- tell those who wait for this call, if anybody did: NOTIFY for nobody would cost every settle
 CREATE FUNCTION :ns.wake(c text) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
   DELETE FROM :ns.waiting WHERE call = c;

@@ -183,6 +183,77 @@ def test_a_waiter_is_woken_without_a_notification(guard: Guard, namespace: str) 
     store.close()
 
 
+def test_a_renewal_and_a_takeover_do_not_both_succeed(namespace: str) -> None:
+    """An owner that is told to go on is not taken over by somebody who had read its lapsed lease."""
+    store = PostgresStore(postgres_url(), namespace=namespace)
+    run = store.transact(claim(lease=1)).row
+    assert run is not None
+    eventually(lambda: store.is_over(run))
+    kinds: list[str] = []
+    rival = threading.Thread(target=lambda: kinds.append(store.transact(claim()).kind))
+    with psycopg.connect(postgres_url()) as slow:
+        told = slow.execute(
+            f"SELECT {namespace}.renew('c', 1, %s, 60000000) ->> 'kind'", (run.owner,)
+        ).fetchone()
+        rival.start()
+        eventually(lambda: is_blocked(namespace))
+    rival.join()
+
+    assert (("renewed",), ["live"]) == (told, kinds)
+    store.close()
+
+
+def is_blocked(namespace: str) -> bool:
+    """Whether somebody waits for a lock in that schema."""
+    sql = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE %s"
+    with psycopg.connect(postgres_url(), autocommit=True) as db:
+        return db.execute(sql, (f"%{namespace}.%",)).fetchone() is not None
+
+
+def test_a_deadlock_that_the_server_breaks_up_is_no_error(namespace: str) -> None:
+    """Counts that met another writer's locks crosswise are written when it has passed, once."""
+    store = PostgresStore(postgres_url(), namespace=namespace)
+    for end in ("failed", "success"):
+        run = store.transact(claim()).row
+        assert run is not None
+        store.transact(settle(run, end))
+    flusher = threading.Thread(target=store.flush)
+    with psycopg.connect(postgres_url()) as other:
+        touch = f"UPDATE {namespace}.runs SET blocked = blocked WHERE run = %s"
+        other.execute("SET LOCAL deadlock_timeout = '1min'")  # so that it is not the victim
+        other.execute(touch, (2,))
+        for number in (1, 2):
+            store.count("blocked", claim(), number)
+        flusher.start()
+        eventually(lambda: is_blocked(namespace))
+        other.execute(touch, (1,))
+    flusher.join()
+
+    assert [1, 1] == [run.blocked for run in store.rows("c")]
+    store.close()
+
+
+def test_a_waiter_hears_of_its_own_call_alone(guard: Guard, namespace: str) -> None:
+    """Notifications of calls that others wait for do not end its wait; that of its own call does."""
+    store = PostgresStore(postgres_url(), namespace=namespace)
+    mine, others = (store.transact(claim(name)).row for name in ("mine", "others"))
+    assert mine is not None
+    assert others is not None
+    store.changed(["others"], 0.0)
+    heard: list[list[str]] = []
+    waiter = threading.Thread(target=lambda: heard.append(store.changed(["mine"], 600)))
+    waiter.start()
+    eventually(lambda: ("mine",) in store.browse(f"SELECT call FROM {namespace}.waiting"))
+
+    store.transact(settle(others))
+    store.transact(settle(mine))
+    waiter.join()
+
+    assert [["mine"]] == heard
+    assert [] == store.browse(f"SELECT call FROM {namespace}.waiting")
+    store.close()
+
+
 def quiet_settle(namespace: str) -> None:
     """The end of the run, written without a word to those who listen."""
     with psycopg.connect(postgres_url(), autocommit=True) as db:
