@@ -127,6 +127,10 @@ class ServerStore(Store):
         """Which of these calls have no live run any more; returns after so many seconds, or when woken."""
         raise NotImplementedError
 
+    def _drop_listener(self) -> None:
+        """Hear no more: nobody waits, and what nobody reads would pile up on the server."""
+        raise NotImplementedError
+
     def reset(self, wf: str | None, asked: int, *, force: bool = False, why: str = "") -> None:
         """Forget every call of a workflow (None: of all); raises `InProgress` while one runs, unless `force`."""
         raise NotImplementedError
@@ -221,6 +225,7 @@ class _Watcher:
             with self._lock:
                 calls = list(self._bells)
                 if not calls:
+                    store._drop_listener()
                     self._thread = None
                     return
             try:

@@ -33,7 +33,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from typing import Any, ClassVar, Literal, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -104,6 +104,7 @@ class RedisStore(ServerStore):
     def _begin(self) -> None:
         super()._begin()
         self._connections: _Connections | None = None
+        self._listening: _Listener | None = None
         self._id = b""
         self._holders: dict[str, str | None] = {}
 
@@ -321,14 +322,6 @@ class RedisStore(ServerStore):
         """Whether the lease of a RUNNING run has lapsed by the server's clock."""
         return run.lease <= self._server_time()
 
-    def changed(self, calls: Sequence[str], seconds: float) -> Iterable[str]:
-        """Which of these calls have no live run any more; looks again after so many seconds."""
-        found = self._ask("ended", *calls)
-        if not found:
-            time.sleep(seconds)
-            found = self._ask("ended", *calls)
-        return [_text(call) for call in found]
-
     def holder(self, run: Run) -> str:
         """Where the owner of a run lives, for people."""
         name = run.owner.partition(".")[0]
@@ -402,6 +395,33 @@ class RedisStore(ServerStore):
         found = self._ask("last_errors")
         return {_text(tool): _or_none(error) for tool, error in found}
 
+    # -- duplicates that wait: PUBLISH wakes them, looking does where it does not arrive --
+
+    def changed(self, calls: Sequence[str], seconds: float) -> list[str]:
+        """Which of these calls have no live run any more; returns after so many seconds, or when told."""
+        try:
+            listener = self._listener()
+            if found := self._ended(calls):  # the look after which nothing ends unheard
+                return found
+            listener.hear(set(calls), seconds)
+        except redis.RedisError:  # who may not listen looks again
+            self._drop_listener()
+            time.sleep(seconds)
+        return self._ended(calls)
+
+    def _ended(self, calls: Sequence[str]) -> list[str]:
+        return [_text(call) for call in self._ask("ended", *calls)]
+
+    def _listener(self) -> _Listener:
+        if self._listening is None:
+            self._listening = _Listener(self._connect(self._patience), f"{self._prefix}ended")
+        return self._listening
+
+    def _drop_listener(self) -> None:
+        listening, self._listening = self._listening, None
+        if listening is not None:
+            listening.close()
+
     def check(self) -> dict[str, Any]:
         """Prove that the store can be read and written; raises `StoreError`."""
         self._ask("check", replicas=self.replicas)
@@ -414,9 +434,10 @@ class RedisStore(ServerStore):
             connections, self._connections = self._connections, None
         if connections is not None:
             connections.close()
+        self._drop_listener()
 
     def _abandon(self) -> None:
-        self._connections = None
+        self._connections = self._listening = None
 
 
 def _own_options(url: str) -> tuple[dict[str, str], str]:
@@ -462,6 +483,28 @@ class _Connections:
     def close(self) -> None:
         """Close all, also those in use."""
         self._pool.disconnect()
+
+
+class _Listener:
+    """A connection that hears which calls have ended."""
+
+    def __init__(self, connections: _Connections, channel: str) -> None:
+        self._connection = connections.use(self._subscribe, channel)
+
+    def _subscribe(self, connection: Any, channel: str) -> Any:
+        _exchange(connection, [("SUBSCRIBE", channel)])
+        return connection
+
+    def hear(self, calls: set[str], seconds: float) -> None:
+        """Return when one of these calls has ended, at the latest after so many seconds."""
+        limit = time.monotonic() + seconds
+        while (left := limit - time.monotonic()) > 0 and self._connection.can_read(left):
+            if _text(self._connection.read_response()[2]) in calls:
+                return
+
+    def close(self) -> None:
+        """Hear no more."""
+        self._connection.disconnect()
 
 
 def _packed(words: Sequence[Any]) -> bytes:

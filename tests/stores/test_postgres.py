@@ -168,6 +168,30 @@ def test_waiting_duplicates_are_woken(guard: Guard) -> None:
     assert len(watchers) <= 1
 
 
+def test_nobody_listens_when_nobody_waits(guard: Guard, namespace: str) -> None:
+    """A session that listens and reads nothing would fill the server's queue, and then ends fail."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow(order: int) -> int:
+        inside.set()
+        go_on.wait(30)
+        return order
+
+    def listeners() -> int:
+        sql = "SELECT COUNT(*) FROM pg_stat_activity WHERE query = %s"
+        with psycopg.connect(postgres_url(), autocommit=True) as db:
+            return int(db.execute(sql, (f"LISTEN {namespace}",)).fetchall()[0][0])
+
+    crowd = threading.Thread(target=lambda: in_parallel(8, lambda _: guard(slow, 1)))
+    crowd.start()
+    inside.wait(30)
+    eventually(lambda: listeners() == 1)
+    go_on.set()
+    crowd.join()
+
+    eventually(lambda: listeners() == 0)
+
+
 def test_a_waiter_is_woken_without_a_notification(guard: Guard, namespace: str) -> None:
     """Behind a transaction pooler LISTEN hears nothing; looking finds the end all the same."""
     store = PostgresStore(postgres_url(), namespace=namespace)

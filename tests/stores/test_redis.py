@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from ledger_stores.testing import (
     resolve,
     settle,
 )
+from tests.actors import eventually
 from tests.stores.redis_kit import RedisServer, open_redis, redis_url, way_to
 from tests.stores.servers import fresh_namespace
 from tests.stores.way import PATIENCE
@@ -372,6 +374,90 @@ def words_until(seen: Any, last: str) -> Iterator[str]:
             return
 
 
+# ── duplicates that wait ──────────────────────────────────────────────────────────────
+
+
+def test_a_waiter_is_told_by_the_server(store: RedisStore) -> None:
+    """The end of its own call ends its wait, and those of calls that others wait for do not."""
+    mine, others = run_of(store, claim("mine")), run_of(store, claim("others"))
+    store.changed(["others"], 0.0)
+    heard: list[list[str]] = []
+    waiter = threading.Thread(target=lambda: heard.append(store.changed(["mine"], 600)))
+    waiter.start()
+    with redis.Redis.from_url(redis_url()) as plain:
+        eventually(lambda: plain.hexists(f"{{{store.namespace}}}:call:mine", "waited"))
+
+    store.transact(settle(others))
+    store.transact(settle(mine))
+    waiter.join()
+
+    assert [["mine"]] == heard
+
+
+def test_an_end_that_nobody_waits_for_is_not_published(server: RedisServer) -> None:
+    """Of two ends the one that was waited for is told of, once."""
+    store = RedisStore(server.url, namespace=fresh_namespace())
+    runs = [run_of(store, claim(name)) for name in ("waited", "other")]
+    store.changed(["waited"], 0.0)
+    with server.client() as plain, plain.monitor() as seen:
+        for run in (*runs, *runs):
+            store.transact(settle(run))
+        plain.echo("all")
+        said = iter(lambda: str(seen.next_command()["command"]), "ECHO all")
+        told = [words for words in said if words.startswith("PUBLISH")]
+
+    assert [f"PUBLISH {{{store.namespace}}}:ended waited"] == told
+    store.close()
+
+
+def test_an_account_that_may_not_publish_or_listen_looks(server: RedisServer) -> None:
+    """Ends are written all the same, and whoever waits finds them."""
+    with server.client() as plain:
+        plain.execute_command("ACL", "SETUSER", "deaf", "on", ">x", "~*", "+@all", "-@pubsub")
+    guard = Guard(f"redis://deaf:x@127.0.0.1:{server.port}", namespace=fresh_namespace(), quiet=True)
+    runs: list[int] = []
+
+    def slow(order: int) -> int:
+        runs.append(order)
+        time.sleep(0.2)
+        return order
+
+    guard.policy(slow, replay=True)
+    assert [1] * 8 == in_parallel(8, lambda _: guard(slow, 1))
+    assert [1] == runs
+    guard.close()
+
+
+def test_one_connection_listens_for_all_and_only_while_somebody_waits(server: RedisServer) -> None:
+    """Twenty wait for ten calls with one listener, which is gone when they are."""
+    store = RedisStore(server.url, namespace=fresh_namespace())
+    guard, inside = Guard(store=store, quiet=True), threading.Semaphore(0)
+    go_on = threading.Event()
+
+    def slow(order: int) -> int:
+        inside.release()
+        go_on.wait(PATIENCE)
+        return order
+
+    def listeners() -> int:
+        with server.client() as plain:
+            return len(plain.client_list("pubsub"))
+
+    guard.policy(slow, replay=True)
+    heard: list[Any] = []
+    crowd = threading.Thread(target=lambda: heard.append(in_parallel(20, lambda n: guard(slow, n % 10))))
+    crowd.start()
+    for _ in range(10):
+        assert inside.acquire(timeout=PATIENCE)
+    eventually(lambda: listeners() == 1)
+    go_on.set()
+    crowd.join()
+
+    assert [[n % 10 for n in range(20)]] == heard
+    eventually(lambda: listeners() == 0)
+    guard.close()
+
+
 # ── races ─────────────────────────────────────────────────────────────────────────────
 
 
@@ -574,7 +660,7 @@ def test_a_replica_has_what_was_answered(server: RedisServer, start: Callable[..
         alone.transact(asked)
     replica = start("--replicaof", "127.0.0.1", str(server.port))
 
-    run = eventually(lambda: run_of(alone, asked))
+    run = when_it_can(lambda: run_of(alone, asked))
 
     with replica.client() as plain:
         assert asked.token in plain.hget(f"{{{alone.namespace}}}:call:c", "1:row")
@@ -585,7 +671,7 @@ def test_a_replica_has_what_was_answered(server: RedisServer, start: Callable[..
     alone.close()
 
 
-def eventually(act: Callable[[], Run]) -> Run:
+def when_it_can(act: Callable[[], Run]) -> Run:
     """Its answer, once there is no `StoreError` any more."""
     limit = time.monotonic() + PATIENCE
     while True:
