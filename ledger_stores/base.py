@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import threading
 import time
 import weakref
@@ -11,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import ledger
 from ledger import Claim, Clock, Now, Op, Record, Run, Store, UsageError
@@ -24,15 +24,22 @@ Count = tuple[str, int, str, str, str, str, str | None, str | None]
 
 
 def without_password(url: str) -> str:
-    """A URL that can be shown: the password masked, query parts that hold one too."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")
-    who = host[0].partition(":")[0]
-    query = "&".join(
-        p if "pass" not in p.partition("=")[0].lower() else f"{p.partition('=')[0]}=****"
-        for p in parts.query.split("&")
-    )
-    return urlunsplit((parts.scheme, f"{who}@{host[2]}" if who else host[2], parts.path, query, ""))
+    """A URL that can be shown: without the password, and what is one in the query masked."""
+    shown = re.sub(r"(?i)([?&][^=&]*pass[^=&]*=)[^&]*", r"\1****", url)
+    scheme, mark, rest = shown.partition("://")
+    who, at, place = rest.rpartition("@")  # the last one: a password may hold others that were not encoded
+    user = who.partition(":")[0]
+    return f"{scheme}{mark}{user}{at if user else ''}{place}"
+
+
+def _refuse_unclear(url: str) -> None:
+    """A driver cuts such a URL at another place and shows pieces of the password in its error."""
+    who = url.partition("://")[2].rpartition("@")[0]
+    if re.search("%(?![0-9A-Fa-f]{2})", url) or (":" in who and re.search(r"[/?#\[\]@]", who)):
+        raise UsageError(
+            f"{without_password(url)}: a character of the user, the password or the query cannot stand in a URL "
+            "as it is; write it percent-encoded (@ as %40, / as %2F, % as %25)"
+        )
 
 
 class ServerStore(Store):
@@ -45,6 +52,7 @@ class ServerStore(Store):
 
     def __init__(self, url: str, *, namespace: str | None = None, clock: Clock | None = None) -> None:
         super().__init__(clock=clock)
+        _refuse_unclear(url)
         self.url = url
         self.namespace = namespace or "ledger"
         self._begin()

@@ -159,7 +159,8 @@ class PostgresStore(ServerStore):
         return db.execute(sql, (self.namespace,)).fetchone() is not None
 
     def _translated(self, error: Exception) -> StoreError:
-        where, what = without_password(self.url), str(error).strip().splitlines()[0]
+        where = without_password(self.url)
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, psycopg_pool.PoolTimeout):
             what = f"no connection within {self._patience:g} s"
             advice = "see that the server answers, and that no more is asked at once than it can do"
