@@ -18,6 +18,8 @@ from ledger import Claim, Clock, Now, Op, Record, Run, Store, UsageError
 
 #: how soon the one who looks for all that wait looks again, at first and in the end
 _FIRST_LOOK, _LAST_LOOK = 0.02, 1.0
+#: how soon whoever listens notices that somebody waits for another call
+NOTICE_SECONDS = 0.1
 #: how many counts are written at once
 _COUNTS = 250
 Count = tuple[str, int, str, str, str, str, str | None, str | None]
@@ -132,7 +134,10 @@ class ServerStore(Store):
             await asyncio.wait_for(bell.wait(), seconds)
 
     def changed(self, calls: Sequence[str], seconds: float) -> Iterable[str]:
-        """Which of these calls have no live run any more; returns after so many seconds, or when woken."""
+        """Which of these calls have no live run any more; returns after so many seconds, or when woken.
+
+        It also returns soon after somebody has begun to wait for another call (`_watcher.has_news`).
+        """
         raise NotImplementedError
 
     def _drop_listener(self) -> None:
@@ -210,11 +215,14 @@ class _Watcher:
         self._lock = threading.Lock()
         self._bells: dict[str, list[Callable[[], object]]] = {}
         self._thread: threading.Thread | None = None
+        #: a call is waited for that was not when `changed` was last asked
+        self.has_news = False
 
     @contextmanager
     def watching(self, call: str, ring: Callable[[], object]) -> Iterator[None]:
         """Ring when the call has changed, until the end of the block."""
         with self._lock:
+            self.has_news = self.has_news or call not in self._bells
             self._bells.setdefault(call, []).append(ring)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._look, name="ledger-watcher", daemon=True)
@@ -231,14 +239,14 @@ class _Watcher:
         pause = _FIRST_LOOK
         while (store := self._store()) is not None:
             with self._lock:
-                calls = list(self._bells)
+                calls, self.has_news = list(self._bells), False
                 if not calls:
                     store._drop_listener()
                     self._thread = None
                     return
             try:
                 found = list(store.changed(calls, pause))
-            except ledger.LedgerError:  # who waits looks for itself, and is told then
+            except Exception:  # noqa: BLE001 - who waits looks for itself, and is told then
                 found = calls
                 time.sleep(pause)
             pause = _FIRST_LOOK if found else min(pause * 1.5, _LAST_LOOK)

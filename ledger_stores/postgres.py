@@ -27,7 +27,7 @@ from psycopg.rows import tuple_row
 
 import ledger
 from ledger import Clock, Now, Op, Record, Run, StoreError, UsageError, Verdict
-from ledger_stores.base import ServerStore, verdict_from, without_password
+from ledger_stores.base import NOTICE_SECONDS, ServerStore, verdict_from, without_password
 
 _SCHEMA_VERSION = 1
 _COLUMNS = ", ".join(Run._fields)
@@ -349,14 +349,18 @@ class PostgresStore(ServerStore):
             self._ask(_ASK_TO_BE_TOLD, (sorted(calls),))
             if found := self._without_live_run(calls):  # it ended before anybody knew of us
                 return found
-            wanted = set(calls)  # others are told of others' calls too
-            for told in listener.notifies(timeout=seconds):
-                if told.payload in wanted:
-                    break
+            self._hear(listener, set(calls), seconds)
         except psycopg.Error:
             self._drop_listener()
             time.sleep(seconds)
         return self._without_live_run(calls)
+
+    def _hear(self, listener: _Connection, calls: set[str], seconds: float) -> None:
+        """Return when one of these calls has ended: others are told of others' calls too."""
+        limit = time.monotonic() + seconds
+        while (left := limit - time.monotonic()) > 0 and not self._watcher.has_news:
+            if any(told.payload in calls for told in listener.notifies(timeout=min(left, NOTICE_SECONDS))):
+                return
 
     def _without_live_run(self, calls: Sequence[str]) -> list[str]:
         return [row[0] for row in self._ask(_WITHOUT_LIVE_RUN, (list(calls),))]
@@ -387,7 +391,6 @@ class PostgresStore(ServerStore):
             pool, self._pool = self._pool, None
         if pool is not None:
             pool.close()
-        self._drop_listener()
 
     def _abandon(self) -> None:
         self._pool = self._listening = None

@@ -34,6 +34,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib import resources
 from typing import Any, ClassVar, Literal, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -42,7 +43,7 @@ import redis
 
 import ledger
 from ledger import Claim, Clock, Now, Op, Record, Run, StoreError, UsageError, Verdict
-from ledger_stores.base import ServerStore, without_password
+from ledger_stores.base import NOTICE_SECONDS, ServerStore, without_password
 
 T = TypeVar("T")
 _SCHEMA_VERSION = 1
@@ -403,11 +404,18 @@ class RedisStore(ServerStore):
             listener = self._listener()
             if found := self._ended(calls):  # the look after which nothing ends unheard
                 return found
-            listener.hear(set(calls), seconds)
+            self._hear(listener, set(calls), seconds)
         except redis.RedisError:  # who may not listen looks again
             self._drop_listener()
             time.sleep(seconds)
         return self._ended(calls)
+
+    def _hear(self, listener: _Listener, calls: set[str], seconds: float) -> None:
+        """Return when one of these calls has ended: others are told of others' calls too."""
+        limit = time.monotonic() + seconds
+        while (left := limit - time.monotonic()) > 0 and not self._watcher.has_news:
+            if listener.told(min(left, NOTICE_SECONDS)) in calls:
+                return
 
     def _ended(self, calls: Sequence[str]) -> list[str]:
         return [_text(call) for call in self._ask("ended", *calls)]
@@ -434,7 +442,6 @@ class RedisStore(ServerStore):
             connections, self._connections = self._connections, None
         if connections is not None:
             connections.close()
-        self._drop_listener()
 
     def _abandon(self) -> None:
         self._connections = self._listening = None
@@ -461,6 +468,7 @@ class _Connections:
     def __init__(self, pool: redis.ConnectionPool) -> None:
         self._pool = pool
         self._idle: deque[Any] = deque()
+        self._is_closed = False
 
     def use(self, perform: Callable[..., T], *values: Any) -> T:
         """`perform(connection, …)`, which reads an answer for each command that it sends."""
@@ -479,10 +487,15 @@ class _Connections:
             raise
         finally:
             self._idle.append(connection)
+            if self._is_closed:
+                self.close()
 
     def close(self) -> None:
-        """Close all, also those in use."""
-        self._pool.disconnect()
+        """Close those that are idle now, and those in use when they come back: the driver breaks if before."""
+        self._is_closed = True
+        with suppress(IndexError):
+            while True:
+                self._idle.pop().disconnect()
 
 
 class _Listener:
@@ -495,12 +508,9 @@ class _Listener:
         _exchange(connection, [("SUBSCRIBE", channel)])
         return connection
 
-    def hear(self, calls: set[str], seconds: float) -> None:
-        """Return when one of these calls has ended, at the latest after so many seconds."""
-        limit = time.monotonic() + seconds
-        while (left := limit - time.monotonic()) > 0 and self._connection.can_read(left):
-            if _text(self._connection.read_response()[2]) in calls:
-                return
+    def told(self, seconds: float) -> str | None:
+        """A call that has ended; None if that long nobody said so."""
+        return _text(self._connection.read_response()[2]) if self._connection.can_read(seconds) else None
 
     def close(self) -> None:
         """Hear no more."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -257,24 +259,58 @@ def test_a_deadlock_that_the_server_breaks_up_is_no_error(namespace: str) -> Non
     store.close()
 
 
-def test_a_waiter_hears_of_its_own_call_alone(guard: Guard, namespace: str) -> None:
-    """Notifications of calls that others wait for do not end its wait; that of its own call does."""
-    store = PostgresStore(postgres_url(), namespace=namespace)
-    mine, others = (store.transact(claim(name)).row for name in ("mine", "others"))
-    assert mine is not None
-    assert others is not None
-    store.changed(["others"], 0.0)
-    heard: list[list[str]] = []
-    waiter = threading.Thread(target=lambda: heard.append(store.changed(["mine"], 600)))
-    waiter.start()
-    eventually(lambda: ("mine",) in store.browse(f"SELECT call FROM {namespace}.waiting"))
+class LongPauses(PostgresStore):
+    """A store that looks again only when it is told, or when somebody else waits."""
 
-    store.transact(settle(others))
-    store.transact(settle(mine))
-    waiter.join()
+    def __init__(self, *values: Any, **settings: Any) -> None:
+        super().__init__(*values, **settings)
+        self.asked: list[list[str]] = []
 
-    assert [["mine"]] == heard
-    assert [] == store.browse(f"SELECT call FROM {namespace}.waiting")
+    def changed(self, calls: Sequence[str], seconds: float) -> list[str]:
+        self.asked.append(sorted(calls))
+        return super().changed(calls, seconds + 600)
+
+
+def test_a_waiter_is_told_by_the_server(namespace: str) -> None:
+    """The end of its own call ends its wait, and those of calls that others wait for do not make it look."""
+    mine, other = (
+        LongPauses(postgres_url(), namespace=namespace),
+        PostgresStore(postgres_url(), namespace=namespace),
+    )
+    runs = {name: other.transact(claim(name)).row for name in ("mine", "others")}
+    waiters = {
+        name: threading.Thread(target=kind.wait, args=(name, 600))
+        for name, kind in (("mine", mine), ("others", other))
+    }
+    for waiter in waiters.values():
+        waiter.start()
+    asked = f"SELECT COUNT(*) FROM {namespace}.waiting"
+    eventually(lambda: [(2,)] == other.browse(asked))
+
+    for name in ("others", "mine"):
+        assert [["mine"]] == mine.asked
+        run = runs[name]
+        assert run is not None
+        other.transact(settle(run))
+        waiters[name].join()
+    mine.close()
+    other.close()
+
+
+def test_whoever_begins_to_wait_is_not_overlooked(namespace: str) -> None:
+    """A long wait for one call ends soon when somebody waits for another, and then is for both."""
+    store = LongPauses(postgres_url(), namespace=namespace)
+    runs = [store.transact(claim(name)).row for name in ("mine", "another")]
+    waiters = [threading.Thread(target=store.wait, args=(name, 600)) for name in ("mine", "another")]
+    for waiter, calls in zip(waiters, (["mine"], ["another", "mine"]), strict=True):
+        waiter.start()
+        eventually(functools.partial(store.asked.__contains__, calls))
+
+    for run in runs:
+        assert run is not None
+        store.transact(settle(run))
+    for waiter in waiters:
+        waiter.join()
     store.close()
 
 

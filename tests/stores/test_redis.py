@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -377,21 +378,56 @@ def words_until(seen: Any, last: str) -> Iterator[str]:
 # ── duplicates that wait ──────────────────────────────────────────────────────────────
 
 
+class LongPauses(RedisStore):
+    """A store that looks again only when it is told, or when somebody else waits."""
+
+    def __init__(self, *values: Any, **settings: Any) -> None:
+        super().__init__(*values, **settings)
+        self.asked: list[list[str]] = []
+
+    def changed(self, calls: Sequence[str], seconds: float) -> list[str]:
+        self.asked.append(sorted(calls))
+        return super().changed(calls, seconds + 600)
+
+
 def test_a_waiter_is_told_by_the_server(store: RedisStore) -> None:
-    """The end of its own call ends its wait, and those of calls that others wait for do not."""
-    mine, others = run_of(store, claim("mine")), run_of(store, claim("others"))
-    store.changed(["others"], 0.0)
-    heard: list[list[str]] = []
-    waiter = threading.Thread(target=lambda: heard.append(store.changed(["mine"], 600)))
-    waiter.start()
+    """The end of its own call ends its wait, and those of calls that others wait for do not make it look."""
+    mine, other = LongPauses(redis_url(), namespace=store.namespace), store
+    runs = {name: other.transact(claim(name)).row for name in ("mine", "others")}
+    waiters = {
+        name: threading.Thread(target=kind.wait, args=(name, 600))
+        for name, kind in (("mine", mine), ("others", other))
+    }
+    for waiter in waiters.values():
+        waiter.start()
     with redis.Redis.from_url(redis_url()) as plain:
-        eventually(lambda: plain.hexists(f"{{{store.namespace}}}:call:mine", "waited"))
+        keys = [f"{{{store.namespace}}}:call:{name}" for name in ("mine", "others")]
+        eventually(lambda: all(plain.hexists(key, "waited") for key in keys))
 
-    store.transact(settle(others))
-    store.transact(settle(mine))
-    waiter.join()
+    for name in ("others", "mine"):
+        assert [["mine"]] == mine.asked
+        run = runs[name]
+        assert run is not None
+        other.transact(settle(run))
+        waiters[name].join()
+    mine.close()
 
-    assert [["mine"]] == heard
+
+def test_whoever_begins_to_wait_is_not_overlooked() -> None:
+    """A long wait for one call ends soon when somebody waits for another, and then is for both."""
+    store = LongPauses(redis_url(), namespace=fresh_namespace())
+    runs = [store.transact(claim(name)).row for name in ("mine", "another")]
+    waiters = [threading.Thread(target=store.wait, args=(name, 600)) for name in ("mine", "another")]
+    for waiter, calls in zip(waiters, (["mine"], ["another", "mine"]), strict=True):
+        waiter.start()
+        eventually(functools.partial(store.asked.__contains__, calls))
+
+    for run in runs:
+        assert run is not None
+        store.transact(settle(run))
+    for waiter in waiters:
+        waiter.join()
+    store.close()
 
 
 def test_an_end_that_nobody_waits_for_is_not_published(server: RedisServer) -> None:
@@ -456,6 +492,23 @@ def test_one_connection_listens_for_all_and_only_while_somebody_waits(server: Re
     assert [[n % 10 for n in range(20)]] == heard
     eventually(lambda: listeners() == 0)
     guard.close()
+
+
+def test_a_store_that_is_closed_in_the_midst_of_calls_breaks_none(store: RedisStore) -> None:
+    """What another thread asks at that moment is answered, and what is asked later opens it again."""
+    over = threading.Event()
+
+    def close() -> None:
+        while not over.wait(0.001):
+            store.close()
+
+    closer = threading.Thread(target=close)
+    closer.start()
+    runs = in_parallel(4, lambda n: [run_of(store, claim(f"c{n}-{i}")).run for i in range(50)])
+    over.set()
+    closer.join()
+
+    assert [[1] * 50] * 4 == runs
 
 
 # ── races ─────────────────────────────────────────────────────────────────────────────
