@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from typing import Any
-from urllib.parse import urlsplit
 
 from ledger import Store, UsageError
 
@@ -29,7 +28,7 @@ def open_store(url: str, **settings: Any) -> Store:
 
     Raises `UsageError` for a scheme that is none, or when the driver is not installed.
     """
-    scheme = urlsplit(url).scheme
+    scheme = url.partition("://")[0].lower()
     if scheme not in _STORES:
         known = ", ".join(f"{name}://" for name in _STORES)
         raise UsageError(

@@ -6,6 +6,7 @@ import asyncio
 import functools
 import os
 import queue
+import re
 import threading
 import time
 import weakref
@@ -13,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
 import ledger
 from ledger import Claim, Clock, Now, Op, Record, Run, Settle, Store, UsageError, Verdict
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: how soon the one who looks for all that wait looks again, at first and in the end
 _FIRST_LOOK, _LAST_LOOK = 0.02, 1.0
+#: how soon whoever listens notices that somebody waits for another call
+NOTICE_SECONDS = 0.1
 #: how many counts are written at once
 _COUNTS = 250
 #: how many calls that succeeded a process remembers
@@ -35,15 +37,22 @@ Brief = tuple[str, int, str | None, int]
 
 
 def without_password(url: str) -> str:
-    """A URL that can be shown: the password masked, query parts that hold one too."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")
-    who = host[0].partition(":")[0]
-    query = "&".join(
-        p if "pass" not in p.partition("=")[0].lower() else f"{p.partition('=')[0]}=****"
-        for p in parts.query.split("&")
-    )
-    return urlunsplit((parts.scheme, f"{who}@{host[2]}" if who else host[2], parts.path, query, ""))
+    """A URL that can be shown: without the password, and what is one in the query masked."""
+    shown = re.sub(r"(?i)([?&][^=&]*pass[^=&]*=)[^&]*", r"\1****", url)
+    scheme, mark, rest = shown.partition("://")
+    who, at, place = rest.rpartition("@")  # the last one: a password may hold others that were not encoded
+    user = who.partition(":")[0]
+    return f"{scheme}{mark}{user}{at if user else ''}{place}"
+
+
+def _refuse_unclear(url: str) -> None:
+    """A driver cuts such a URL at another place and shows pieces of the password in its error."""
+    who = url.partition("://")[2].rpartition("@")[0]
+    if re.search("%(?![0-9A-Fa-f]{2})", url) or (":" in who and re.search(r"[/?#\[\]@]", who)):
+        raise UsageError(
+            f"{without_password(url)}: a character of the user, the password or the query cannot stand in a URL "
+            "as it is; write it percent-encoded (@ as %40, / as %2F, % as %25)"
+        )
 
 
 class ServerStore(Store):
@@ -54,9 +63,11 @@ class ServerStore(Store):
     speaks_sql = False
     #: each call keeps its newest events itself (`events_of`), and there is no log of all
     logs_by_call = False
+    lock_seconds: float
 
     def __init__(self, url: str, *, namespace: str | None = None, clock: Clock | None = None) -> None:
         super().__init__(clock=clock)
+        _refuse_unclear(url)
         self.url = url
         self.namespace = namespace or "ledger"
         self._begin()
@@ -126,6 +137,11 @@ class ServerStore(Store):
         """`_reread` without blocking the event loop."""
         return await asyncio.get_running_loop().run_in_executor(None, self._reread, call, run, owner)
 
+    @property
+    def _patience(self) -> float:
+        """How long one answer may take."""
+        return max(1.0, self.lock_seconds)
+
     # -- counting: buffered --
 
     def count(self, kind: str, claim: Claim, run: int, error: str | None = None) -> None:
@@ -176,8 +192,20 @@ class ServerStore(Store):
             await asyncio.wait_for(bell.wait(), seconds)
 
     def changed(self, calls: Sequence[str], seconds: float) -> Iterable[str]:
-        """Which of these calls have no live run any more; returns after so many seconds, or when woken."""
+        """Which of these calls have no live run any more; returns after so many seconds, or when woken.
+
+        It also returns soon after somebody has begun to wait for another call (`_watcher.has_news`).
+        """
         raise NotImplementedError
+
+    def _drop_listener(self) -> None:
+        """Hear no more: nobody waits, and what nobody reads would pile up on a server that tells."""
+
+    def _doze(self, seconds: float) -> None:
+        """Do nothing for so many seconds, or until somebody waits for another call."""
+        limit = time.monotonic() + seconds
+        while (left := limit - time.monotonic()) > 0 and not self._watcher.has_news:
+            time.sleep(min(left, NOTICE_SECONDS))
 
     def reset(self, wf: str | None, asked: int, *, force: bool = False, why: str = "") -> None:
         """Forget every call of a workflow (None: of all); raises `InProgress` while one runs, unless `force`."""
@@ -258,11 +286,14 @@ class _Watcher:
         self._lock = threading.Lock()
         self._bells: dict[str, list[Callable[[], object]]] = {}
         self._thread: threading.Thread | None = None
+        #: a call is waited for that was not when `changed` was last asked
+        self.has_news = False
 
     @contextmanager
     def watching(self, call: str, ring: Callable[[], object]) -> Iterator[None]:
         """Ring when the call has changed, until the end of the block."""
         with self._lock:
+            self.has_news = self.has_news or call not in self._bells
             self._bells.setdefault(call, []).append(ring)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._look, name="ledger-watcher", daemon=True)
@@ -279,13 +310,14 @@ class _Watcher:
         pause = _FIRST_LOOK
         while (store := self._store()) is not None:
             with self._lock:
-                calls = list(self._bells)
+                calls, self.has_news = list(self._bells), False
                 if not calls:
+                    store._drop_listener()
                     self._thread = None
                     return
             try:
                 found = list(store.changed(calls, pause))
-            except ledger.LedgerError:  # who waits looks for itself, and is told then
+            except Exception:  # noqa: BLE001 - who waits looks for itself, and is told then
                 found = calls
                 time.sleep(pause)
             pause = _FIRST_LOOK if found else min(pause * 1.5, _LAST_LOOK)

@@ -550,7 +550,7 @@ class DocumentStore(ServerStore):
         """Which of these calls have no live run any more; looks again after so many seconds."""
         if found := self._without_live_run(calls):
             return found
-        time.sleep(seconds)
+        self._doze(seconds)
         return self._without_live_run(calls)
 
     def _without_live_run(self, calls: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The guard on PostgreSQL (12 or newer), with psycopg 3.
+"""The guard on PostgreSQL (13 or newer), with psycopg 3.
 
 Durable as the server's `synchronous_commit` makes it: `on`, the default of PostgreSQL and asked for by
 `sync="full"`, survives a killed server and a power cut of it; a fail-over loses what the standby does
@@ -25,13 +25,14 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import psycopg
+from psycopg.abc import RV, PQGen
 from psycopg.generators import execute
 from psycopg.pq import ExecStatus, TransactionStatus
 from psycopg.rows import tuple_row
 
 import ledger
 from ledger import Clock, Now, Op, Record, Run, StoreError, UsageError, Verdict
-from ledger_stores.base import Brief, ServerStore, verdict_from, without_password
+from ledger_stores.base import NOTICE_SECONDS, Brief, ServerStore, verdict_from, without_password
 
 if TYPE_CHECKING:
     from ledger_stores.move import Side
@@ -45,6 +46,7 @@ _EVENTS = ("seq", "call", "run", "kind", "at", "tool", "wf", "caller", "n", "det
 _RETRY_SECONDS = 5.0
 #: what a ledger that is closed for a move answers; the message says why
 MOVED = "LM001"
+_DEADLOCK = "40P01"
 
 
 class PostgresStore(ServerStore):
@@ -75,7 +77,7 @@ class PostgresStore(ServerStore):
         super()._begin()
         self._connections: _Connections | None = None
         self._prepares = True
-        self._listening: psycopg.Connection[Any] | None = None
+        self._listening: _Connection | None = None
 
     # -- connections --
 
@@ -91,7 +93,7 @@ class PostgresStore(ServerStore):
         limit = time.monotonic() + _RETRY_SECONDS
         while True:
             try:
-                with psycopg.connect(self.url, autocommit=True, connect_timeout=5) as db:
+                with self._connect() as db:
                     self._prepare(db)
                 break
             except psycopg.Error as error:  # who refuses is told at once; who is starting gets a moment
@@ -101,7 +103,7 @@ class PostgresStore(ServerStore):
         return _Connections(self._connect, self.connections, self.lock_seconds)
 
     def _connect(self) -> _Connection:
-        return _Connection.connect(
+        db = _Connection.connect(
             self.url,
             autocommit=True,
             connect_timeout=5,
@@ -113,6 +115,8 @@ class PostgresStore(ServerStore):
             keepalives_count=3,
             tcp_user_timeout=int(self.lock_seconds * 1000),
         )
+        db.answer_seconds = self._patience
+        return db
 
     def _prepare_no_more(self) -> None:
         """Behind a transaction pooler a prepared statement is another session's: send whole ones from now on."""
@@ -150,13 +154,14 @@ class PostgresStore(ServerStore):
 
     def _translated(self, error: Exception) -> StoreError:
         where = without_password(self.url)
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, psycopg.Error) and error.sqlstate == MOVED:
             return StoreError(f"{where}: {error.diag.message_primary}")
         if isinstance(error, psycopg.OperationalError):
             advice = "see that the server runs there and lets this account in"
         else:
             advice = "see the server's log"
-        told = StoreError(f"{where}: {str(error).strip().splitlines()[0]}; {advice}")
+        told = StoreError(f"{where}: {what}; {advice}")
         told.full = getattr(error, "sqlstate", None) == "53100"
         return told
 
@@ -363,23 +368,30 @@ class PostgresStore(ServerStore):
         """Which of these calls have no live run any more; returns after so many seconds, or when notified."""
         if found := self._without_live_run(calls):
             return found
-        self._ask(_ASK_TO_BE_TOLD, (ledger._me().id, list(calls)))
-        if found := self._without_live_run(calls):  # it ended before anybody knew of us
-            return found
         try:
-            for _ in self._listener().notifies(timeout=seconds, stop_after=1):
-                pass
+            listener = self._listener()
+            self._ask(_ASK_TO_BE_TOLD, (sorted(calls),))
+            if found := self._without_live_run(calls):  # it ended before anybody knew of us
+                return found
+            self._hear(listener, set(calls), seconds)
         except psycopg.Error:
             self._drop_listener()
             time.sleep(seconds)
         return self._without_live_run(calls)
 
+    def _hear(self, listener: _Connection, calls: set[str], seconds: float) -> None:
+        """Return when one of these calls has ended: others are told of others' calls too."""
+        limit = time.monotonic() + seconds
+        while (left := limit - time.monotonic()) > 0 and not self._watcher.has_news:
+            if any(told.payload in calls for told in listener.notifies(timeout=min(left, NOTICE_SECONDS))):
+                return
+
     def _without_live_run(self, calls: Sequence[str]) -> list[str]:
         return [row[0] for row in self._ask(_WITHOUT_LIVE_RUN, (list(calls),))]
 
-    def _listener(self) -> psycopg.Connection[Any]:
+    def _listener(self) -> _Connection:
         if self._listening is None or self._listening.closed:
-            self._listening = psycopg.connect(self.url, autocommit=True, connect_timeout=5)
+            self._listening = self._connect()
             self._listening.execute(f"LISTEN {self.namespace}")
         return self._listening
 
@@ -409,7 +421,6 @@ class PostgresStore(ServerStore):
             connections, self._connections = self._connections, None
         if connections is not None:
             connections.close()
-        self._drop_listener()
 
     def _abandon(self) -> None:
         self._connections = self._listening = None
@@ -429,7 +440,12 @@ def _statement(sql: str, namespace: str) -> _Statement:
 
 
 class _Connection(psycopg.Connection[Row]):
-    """A connection of the store's, with what was prepared on it."""
+    """A connection of the store's, with what was prepared on it.
+
+    It is closed when an answer takes longer than it may, for which libpq would wait for ever.
+    """
+
+    answer_seconds = 30.0
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -437,6 +453,21 @@ class _Connection(psycopg.Connection[Row]):
 
     def __del__(self, _warn: Any = None, /) -> None:
         """Without the driver's warning: it may end with the program, and a forked child's is the parent's."""
+
+    def wait(self, gen: PQGen[RV], *args: Any, **settings: Any) -> RV:
+        """What the driver waits in, whatever it waits for."""
+        return super().wait(self._in_time(gen), *args, **settings)
+
+    def _in_time(self, gen: PQGen[RV]) -> PQGen[RV]:
+        limit = time.monotonic() + self.answer_seconds
+        try:
+            ready = yield next(gen)
+            while ready or time.monotonic() < limit:
+                ready = yield gen.send(ready)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        self.close()
+        raise psycopg.OperationalError(f"no answer within {self.answer_seconds:g} s")
 
     def first_row(
         self, statement: _Statement, values: Sequence[bytes | None], *, prepares: bool
@@ -563,9 +594,9 @@ def _unless(durable: object) -> str:
 
 
 def _is_broken(error: Exception) -> bool:
-    """Whether the connection is gone, rather than the statement refused."""
+    """Whether the connection is gone or the way was blocked, so that asking again helps."""
     state = getattr(error, "sqlstate", None)
-    return state is None or state[:2] in ("08", "57")
+    return state is None or state[:2] in ("08", "57") or state == _DEADLOCK
 
 
 @functools.cache
@@ -614,7 +645,7 @@ WITH ended AS (
 noted AS (
   INSERT INTO :ns.events (seq, call, run, kind, at, tool, wf, caller, detail)
   SELECT :ns.next_event(), $1, $2, $4, ended, tool, wf, caller, $6 FROM ended)
-SELECT CASE WHEN NOT EXISTS (SELECT FROM ended) THEN :ns.settle_late($1, $3, $4, $5, $6) END,
+SELECT CASE WHEN NOT EXISTS (SELECT FROM ended) THEN :ns.settle_late($1, $3, $4, $5, $6, $7) END,
        CASE WHEN EXISTS (SELECT FROM :ns.waiting WHERE call = $1) THEN :ns.wake($1) END"""
 _STILL_DONE = """
 SELECT result FROM (SELECT * FROM :ns.runs WHERE call = $1 ORDER BY run DESC LIMIT 1) AS newest
@@ -639,11 +670,8 @@ SELECT tool, SUM(actions), SUM(attempts), SUM(executed), SUM(blocked), SUM(faile
     SELECT tool, COUNT(*), SUM(ran + raised), SUM(ran), 0, 0, 0, 0, 0 FROM :ns.tallies GROUP BY tool) AS parts
  GROUP BY tool ORDER BY tool
 """
-#: whoever settles one of these calls within the next five seconds sends a notification
-_ASK_TO_BE_TOLD = """
-INSERT INTO :ns.waiting SELECT c, %s, :ns.now_us() + 5000000 FROM unnest(%s::text[]) AS c
-ON CONFLICT (call, process) DO UPDATE SET until = EXCLUDED.until RETURNING 1
-"""
+#: whoever settles one of these calls next sends a notification
+_ASK_TO_BE_TOLD = "INSERT INTO :ns.waiting SELECT unnest(%s::text[]) ON CONFLICT DO NOTHING RETURNING 1"
 _WITHOUT_LIVE_RUN = """
 SELECT c FROM unnest(%s::text[]) AS c WHERE NOT EXISTS (
   SELECT 1 FROM :ns.runs r WHERE r.call = c AND r.status = 'running' AND r.lease > :ns.now_us())

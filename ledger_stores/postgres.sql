@@ -80,8 +80,8 @@ CREATE TABLE :ns.processes (
 -- the last batch of counts that each writer wrote: one whose reply was lost is sent again
 CREATE TABLE :ns.batches (writer text PRIMARY KEY, number bigint NOT NULL, at bigint NOT NULL);
 
-CREATE TABLE :ns.waiting (call text COLLATE "C" NOT NULL, process text NOT NULL, until bigint NOT NULL,
-  PRIMARY KEY (call, process));
+-- calls that somebody waits for, in whatever process; lost in a crash, after which looking finds their ends
+CREATE UNLOGGED TABLE :ns.waiting (call text COLLATE "C" PRIMARY KEY);
 
 CREATE TABLE :ns.meta (name text PRIMARY KEY, value text);
 INSERT INTO :ns.meta VALUES ('schema', '1');
@@ -212,7 +212,8 @@ BEGIN
 END $$;
 
 -- why a settlement changed nothing: it is written already, or the run was given up and this is its late end
-CREATE FUNCTION :ns.settle_late(c text, token text, ending text, c_result text, c_error text) RETURNS json
+CREATE FUNCTION :ns.settle_late(
+  c text, token text, ending text, c_result text, c_error text, c_trace text) RETURNS json
 LANGUAGE plpgsql AS $$
 DECLARE
   now bigint;
@@ -223,6 +224,14 @@ BEGIN
   SELECT * INTO mine FROM :ns.runs WHERE call = c AND owner = token;
   IF NOT FOUND THEN
     RETURN :ns.verdict('gone', NULL, NULL, 1);
+  END IF;
+  IF mine.status = 'running' THEN                 -- a claim whose reply was lost does not know its run
+    UPDATE :ns.runs SET status = ending, ended = now, closed_by = token, result = c_result, error = c_error,
+           trace = c_trace
+     WHERE call = c AND run = mine.run RETURNING * INTO mine;
+    PERFORM :ns.note(mine, ending, now, 1, c_error);
+    PERFORM :ns.wake(c);
+    RETURN :ns.verdict('settled', mine, NULL, 1);
   END IF;
   IF mine.closed_by = token THEN                  -- the reply to my own settle was lost
     RETURN :ns.verdict('settled', mine, NULL, 1);
@@ -332,7 +341,7 @@ BEGIN
   RETURN :ns.verdict('reset', last, NULL, 1);
 END $$;
 
--- tell those who wait for this call, if anybody does: NOTIFY for nobody would cost every settle
+-- tell those who wait for this call, if anybody did: NOTIFY for nobody would cost every settle
 CREATE FUNCTION :ns.wake(c text) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
   IF EXISTS (SELECT FROM :ns.waiting WHERE call = c) THEN   -- cheaper than to delete nothing

@@ -20,6 +20,7 @@
 --                                         newest run that had its effect (success or late success); "run:time …"
 --                                         of the successes that are not released
 --                       owner:<token>     the run of that claim, where it is not the newest
+--                       waited            there if somebody waits for its newest run to end
 --                       <run>:row         JSON object of strings: tool wf caller owner started lease
 --                                         status ended closed_by released forced late late_at
 --                       <run>:<text>      key args matched result error trace, byte for byte as they came
@@ -34,6 +35,8 @@
 --   events            stream, id <seq>-0: call run kind at tool wf caller n detail
 --   processes         hash: process → JSON [host, pid, boot, space, start]
 --   batch:<writer>    number of its newest batch of counts; gone a day later, when nobody sends that again
+--
+-- Channel {ns}:ended carries the calls that were `waited` for when they end.
 --
 -- Times are UTC microseconds of this server, as text: a double holds them, cjson would round them.
 
@@ -63,11 +66,12 @@ end
 
 local call, key, latest, first, won, counted    -- the last four: see `head` above
 local older                                     -- the run of the claim in question, if it is not the newest
+local waited                                    -- whether somebody is to be told of its end
 
 local function open(name, token)
   call, key = name, prefix .. 'call:' .. name
-  local found = redis.call('HMGET', key, 'head', 'owner:' .. (token or ''))
-  older = tonumber(found[2] or '')
+  local found = redis.call('HMGET', key, 'head', 'owner:' .. (token or ''), 'waited')
+  older, waited = tonumber(found[2] or ''), found[3]
   if found[1] then
     latest, first, won, counted = string.match(found[1], '^(%d+) (%d+) (%d+) (.*)$')
     latest, won = tonumber(latest), tonumber(won)
@@ -263,6 +267,14 @@ local function move(run, row, change, detail)
   end
 end
 
+-- tell those who wait for this call, if anybody does; last of all, and who may not publish has settled too
+local function wake()
+  if waited then
+    redis.call('HDEL', key, 'waited')
+    redis.pcall('PUBLISH', prefix .. 'ended', call)
+  end
+end
+
 -- to the owner of a run; it knows the rest of its row. `closed` is the run that it took over
 local function granted(run, row, anchor, closed)
   return 'granted ' .. anchor .. ' ' .. run .. ' ' .. row.started .. '\n' .. (closed or '')
@@ -417,10 +429,12 @@ local function settle(name, token, ending, ...)
   local err = given_as('error', given)
   if row.status ~= 'running' then
     late(run, row, ending, given_as('result', given), err)
+    wake()
     return told('late', run)
   end
   set_texts(run, given)
   move(run, row, {status = ending, ended = as_text(now), closed_by = token}, err)
+  wake()
   return told('settled')
 end
 
@@ -539,6 +553,7 @@ local function resolve(name, token, seen_run, seen_owner, done, reconciled, why,
     redis.call('HDEL', key, latest .. ':result')
   end
   note('resolved', latest, last, done and was == 'doubt' and late_before ~= 'success' and 1 or 0, why)
+  wake()
   return told('resolved', latest)
 end
 
@@ -660,7 +675,8 @@ if operation == 'now' then
   return as_text(now)
 end
 
--- those of these calls that have no live run
+-- those of these calls that have no live run; whoever ends one of the others tells on the channel. A server
+-- that takes no write now (its memory is full) lets them be looked at all the same
 local function ended()
   local found = {}
   for i = 3, #ARGV do
@@ -668,6 +684,8 @@ local function ended()
     local last = latest > 0 and read(latest)
     if not last or not lives(last) then
       found[#found + 1] = call
+    elseif not waited then
+      redis.pcall('HSET', key, 'waited', 1)
     end
   end
   return found

@@ -34,7 +34,8 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib import resources
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -43,7 +44,7 @@ import redis
 
 import ledger
 from ledger import Claim, Clock, Now, Op, Record, Run, StoreError, UsageError, Verdict
-from ledger_stores.base import Brief, ServerStore, Together, without_password
+from ledger_stores.base import NOTICE_SECONDS, Brief, ServerStore, Together, without_password
 
 if TYPE_CHECKING:
     from ledger_stores.move import Side
@@ -118,6 +119,7 @@ class RedisStore(ServerStore):
     def _begin(self) -> None:
         super()._begin()
         self._connections: _Connections | None = None
+        self._listening: _Listener | None = None
         self._id = b""
         self._holders: dict[str, str | None] = {}
         self._together = Together(functools.partial(self._insist, self._answer_all))
@@ -151,11 +153,6 @@ class RedisStore(ServerStore):
                 "ledger-guard here"
             )
         return self._connect(self._patience)
-
-    @property
-    def _patience(self) -> float:
-        """How long one answer may take."""
-        return max(1.0, self.lock_seconds)
 
     def _connect(self, seconds: float) -> _Connections:
         """Connections whose answers may take that long; none is made yet."""
@@ -398,14 +395,6 @@ class RedisStore(ServerStore):
         """Whether the lease of a RUNNING run has lapsed by the server's clock."""
         return run.lease <= self._server_time()
 
-    def changed(self, calls: Sequence[str], seconds: float) -> Iterable[str]:
-        """Which of these calls have no live run any more; looks again after so many seconds."""
-        found = self._ask("ended", *calls)
-        if not found:
-            time.sleep(seconds)
-            found = self._ask("ended", *calls)
-        return [_text(call) for call in found]
-
     def holder(self, run: Run) -> str:
         """Where the owner of a run lives, for people."""
         name = run.owner.partition(".")[0]
@@ -479,6 +468,40 @@ class RedisStore(ServerStore):
         found = self._ask("last_errors")
         return {_text(tool): _or_none(error) for tool, error in found}
 
+    # -- duplicates that wait: PUBLISH wakes them, looking does where it does not arrive --
+
+    def changed(self, calls: Sequence[str], seconds: float) -> list[str]:
+        """Which of these calls have no live run any more; returns after so many seconds, or when told."""
+        try:
+            listener = self._listener()
+            if found := self._ended(calls):  # the look after which nothing ends unheard
+                return found
+            self._hear(listener, set(calls), seconds)
+        except redis.RedisError:  # who may not listen looks again
+            self._drop_listener()
+            time.sleep(seconds)
+        return self._ended(calls)
+
+    def _hear(self, listener: _Listener, calls: set[str], seconds: float) -> None:
+        """Return when one of these calls has ended: others are told of others' calls too."""
+        limit = time.monotonic() + seconds
+        while (left := limit - time.monotonic()) > 0 and not self._watcher.has_news:
+            if listener.told(min(left, NOTICE_SECONDS)) in calls:
+                return
+
+    def _ended(self, calls: Sequence[str]) -> list[str]:
+        return [_text(call) for call in self._ask("ended", *calls)]
+
+    def _listener(self) -> _Listener:
+        if self._listening is None:
+            self._listening = _Listener(self._connect(self._patience), f"{self._prefix}ended")
+        return self._listening
+
+    def _drop_listener(self) -> None:
+        listening, self._listening = self._listening, None
+        if listening is not None:
+            listening.close()
+
     def check(self) -> dict[str, Any]:
         """Prove that the store can be read and written; raises `StoreError`."""
         self._ask("check", replicas=self.replicas)
@@ -499,7 +522,7 @@ class RedisStore(ServerStore):
             connections.close()
 
     def _abandon(self) -> None:
-        self._connections = None
+        self._connections = self._listening = None
 
 
 def _brief_from(found: Sequence[bytes | None], run: int, owner: str) -> Sequence[Brief]:
@@ -532,6 +555,7 @@ class _Connections:
     def __init__(self, pool: redis.ConnectionPool) -> None:
         self._pool = pool
         self._idle: deque[Any] = deque()
+        self._is_closed = False
 
     def use(self, perform: Callable[..., T], *values: Any) -> T:
         """`perform(connection, …)`, which reads an answer for each command that it sends."""
@@ -550,10 +574,34 @@ class _Connections:
             raise
         finally:
             self._idle.append(connection)
+            if self._is_closed:
+                self.close()
 
     def close(self) -> None:
-        """Close all, also those in use."""
-        self._pool.disconnect()
+        """Close those that are idle now, and those in use when they come back: the driver breaks if before."""
+        self._is_closed = True
+        with suppress(IndexError):
+            while True:
+                self._idle.pop().disconnect()
+
+
+class _Listener:
+    """A connection that hears which calls have ended."""
+
+    def __init__(self, connections: _Connections, channel: str) -> None:
+        self._connection = connections.use(self._subscribe, channel)
+
+    def _subscribe(self, connection: Any, channel: str) -> Any:
+        _exchange(connection, [("SUBSCRIBE", channel)])
+        return connection
+
+    def told(self, seconds: float) -> str | None:
+        """A call that has ended; None if that long nobody said so."""
+        return _text(self._connection.read_response()[2]) if self._connection.can_read(seconds) else None
+
+    def close(self) -> None:
+        """Hear no more."""
+        self._connection.disconnect()
 
 
 def _packed(words: Sequence[Any]) -> bytes:

@@ -475,6 +475,14 @@ class StoreConformance:
         store.transact(settle(run))
         assert store.transact(asked).kind == "lost"
 
+    def test_a_claim_that_is_given_up_is_closed_whatever_its_run(self, store: Store) -> None:
+        """Its reply was lost, so its owner does not know the number; the token finds the row."""
+        store.transact(settle(granted(store), "failed"))
+        run = granted(store)
+
+        assert "settled" == store.transact(settle(run._replace(run=1), "failed")).kind
+        assert ["failed", "failed"] == [r.status for r in store.rows("c")]
+
     def test_a_repeated_settle_or_release_changes_nothing_more(self, store: Store) -> None:
         """An operation that is sent twice, because its reply was lost, counts once."""
         run = granted(store)

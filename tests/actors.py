@@ -80,6 +80,10 @@ class Actor:
         self.send(signal.SIGSTOP)
         eventually(lambda: self.state() == "T")
 
+    def thaw(self) -> None:
+        """Let it go on."""
+        self.send(signal.SIGCONT)
+
     def state(self) -> str:
         """The letter of its state; "" when it is gone."""
         try:

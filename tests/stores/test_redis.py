@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import random
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,8 +31,10 @@ from ledger_stores.testing import (
     resolve,
     settle,
 )
-from tests.stores.redis_kit import PATIENCE, LossyWay, RedisServer, open_redis, redis_url
+from tests.actors import eventually
+from tests.stores.redis_kit import RedisServer, open_redis, redis_url, way_to
 from tests.stores.servers import fresh_namespace
+from tests.stores.way import PATIENCE
 
 
 @pytest.fixture
@@ -308,16 +308,17 @@ def test_a_batch_of_counts_whose_reply_was_lost_counts_once(store: RedisStore) -
     """The same numbered batch again changes nothing, so counts are exact."""
     asked = claim()
     run_of(store, asked)
-    with LossyWay(redis_url()) as way:
+    with way_to(redis_url()) as way:
         mine = RedisStore(way.url, namespace=store.namespace)
         mine.check()
         for _ in range(7):
             mine.count("blocked", asked, 1)
-        way.cut.set()
+        way.lose(b"\r\ncount\r\n")
         mine.flush()
         mine.close()
 
     found = store.look("c")
+    assert way.caught.is_set()
     assert (7, 7) == (found and found.blocked, store.totals()["tests.charge"]["blocked"])
 
 
@@ -373,6 +374,142 @@ def words_until(seen: Any, last: str) -> Iterator[str]:
             yield words
         if words == f"ECHO {last}":
             return
+
+
+# ── duplicates that wait ──────────────────────────────────────────────────────────────
+
+
+class LongPauses(RedisStore):
+    """A store that looks again only when it is told, or when somebody else waits."""
+
+    def __init__(self, *values: Any, **settings: Any) -> None:
+        super().__init__(*values, **settings)
+        self.asked: list[list[str]] = []
+
+    def changed(self, calls: Sequence[str], seconds: float) -> list[str]:
+        self.asked.append(sorted(calls))
+        return super().changed(calls, seconds + 600)
+
+
+def test_a_waiter_is_told_by_the_server(store: RedisStore) -> None:
+    """The end of its own call ends its wait, and those of calls that others wait for do not make it look."""
+    mine, other = LongPauses(redis_url(), namespace=store.namespace), store
+    runs = {name: other.transact(claim(name)).row for name in ("mine", "others")}
+    waiters = {
+        name: threading.Thread(target=kind.wait, args=(name, 600))
+        for name, kind in (("mine", mine), ("others", other))
+    }
+    for waiter in waiters.values():
+        waiter.start()
+    with redis.Redis.from_url(redis_url()) as plain:
+        keys = [f"{{{store.namespace}}}:call:{name}" for name in ("mine", "others")]
+        eventually(lambda: all(plain.hexists(key, "waited") for key in keys))
+
+    for name in ("others", "mine"):
+        assert [["mine"]] == mine.asked
+        run = runs[name]
+        assert run is not None
+        other.transact(settle(run))
+        waiters[name].join()
+    mine.close()
+
+
+def test_whoever_begins_to_wait_is_not_overlooked() -> None:
+    """A long wait for one call ends soon when somebody waits for another, and then is for both."""
+    store = LongPauses(redis_url(), namespace=fresh_namespace())
+    runs = [store.transact(claim(name)).row for name in ("mine", "another")]
+    waiters = [threading.Thread(target=store.wait, args=(name, 600)) for name in ("mine", "another")]
+    for waiter, calls in zip(waiters, (["mine"], ["another", "mine"]), strict=True):
+        waiter.start()
+        eventually(functools.partial(store.asked.__contains__, calls))
+
+    for run in runs:
+        assert run is not None
+        store.transact(settle(run))
+    for waiter in waiters:
+        waiter.join()
+    store.close()
+
+
+def test_an_end_that_nobody_waits_for_is_not_published(server: RedisServer) -> None:
+    """Of two ends the one that was waited for is told of, once."""
+    store = RedisStore(server.url, namespace=fresh_namespace())
+    runs = [run_of(store, claim(name)) for name in ("waited", "other")]
+    store.changed(["waited"], 0.0)
+    with server.client() as plain, plain.monitor() as seen:
+        for run in (*runs, *runs):
+            store.transact(settle(run))
+        plain.echo("all")
+        said = iter(lambda: str(seen.next_command()["command"]), "ECHO all")
+        told = [words for words in said if words.startswith("PUBLISH")]
+
+    assert [f"PUBLISH {{{store.namespace}}}:ended waited"] == told
+    store.close()
+
+
+def test_an_account_that_may_not_publish_or_listen_looks(server: RedisServer) -> None:
+    """Ends are written all the same, and whoever waits finds them."""
+    with server.client() as plain:
+        plain.execute_command("ACL", "SETUSER", "deaf", "on", ">x", "~*", "+@all", "-@pubsub")
+    guard = Guard(f"redis://deaf:x@127.0.0.1:{server.port}", namespace=fresh_namespace(), quiet=True)
+    runs: list[int] = []
+
+    def slow(order: int) -> int:
+        runs.append(order)
+        time.sleep(0.2)
+        return order
+
+    guard.policy(slow, replay=True)
+    assert [1] * 8 == in_parallel(8, lambda _: guard(slow, 1))
+    assert [1] == runs
+    guard.close()
+
+
+def test_one_connection_listens_for_all_and_only_while_somebody_waits(server: RedisServer) -> None:
+    """Twenty wait for ten calls with one listener, which is gone when they are."""
+    store = RedisStore(server.url, namespace=fresh_namespace())
+    guard, inside = Guard(store=store, quiet=True), threading.Semaphore(0)
+    go_on = threading.Event()
+
+    def slow(order: int) -> int:
+        inside.release()
+        go_on.wait(PATIENCE)
+        return order
+
+    def listeners() -> int:
+        with server.client() as plain:
+            return len(plain.client_list("pubsub"))
+
+    guard.policy(slow, replay=True)
+    heard: list[Any] = []
+    crowd = threading.Thread(target=lambda: heard.append(in_parallel(20, lambda n: guard(slow, n % 10))))
+    crowd.start()
+    for _ in range(10):
+        assert inside.acquire(timeout=PATIENCE)
+    eventually(lambda: listeners() == 1)
+    go_on.set()
+    crowd.join()
+
+    assert [[n % 10 for n in range(20)]] == heard
+    eventually(lambda: listeners() == 0)
+    guard.close()
+
+
+def test_a_store_that_is_closed_in_the_midst_of_calls_breaks_none(store: RedisStore) -> None:
+    """What another thread asks at that moment is answered, and what is asked later opens it again."""
+    over = threading.Event()
+
+    def close() -> None:
+        while not over.wait(0.001):
+            store.close()
+
+    closer = threading.Thread(target=close)
+    closer.start()
+    runs = in_parallel(4, lambda n: [run_of(store, claim(f"c{n}-{i}")).run for i in range(50)])
+    over.set()
+    closer.join()
+
+    assert [[1] * 50] * 4 == runs
 
 
 # ── races ─────────────────────────────────────────────────────────────────────────────
@@ -449,71 +586,6 @@ def test_a_forked_child_has_connections_of_its_own(store: RedisStore) -> None:
 # ── faults ────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("lost", ["claim", "settle"])
-def test_an_answer_that_is_lost_is_asked_for_again(store: RedisStore, lost: str) -> None:
-    """The operation is sent again on another connection and finds its own row: one run, one effect."""
-    with LossyWay(redis_url()) as way:
-        mine = RedisStore(way.url, namespace=store.namespace)
-        asked = claim()
-        mine.check()
-        if lost == "claim":
-            way.cut.set()
-        run = run_of(mine, asked)
-        if lost == "settle":
-            way.cut.set()
-        kind = mine.transact(settle(run)).kind
-        mine.close()
-
-    assert ("settled", False) == (kind, way.cut.is_set())
-    assert [(1, "success", asked.token)] == [(r.run, r.status, r.owner) for r in store.rows("c")]
-
-
-def test_connections_that_are_killed_cost_no_call_and_repeat_none(server: RedisServer) -> None:
-    """CLIENT KILL at any moment between claim and reply: each of 8 × 40 calls has one effect and one end."""
-    store = RedisStore(server.url, namespace=fresh_namespace())
-    guard, effects, over = Guard(store=store, quiet=True), list[int](), threading.Event()
-    charge = guard.once(effects.append)
-    store.check()
-
-    def kill() -> None:
-        with server.client() as plain:
-            while not over.wait(0.005):
-                plain.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    in_parallel(8, lambda n: [charge(n * 100 + i) for i in range(40)])
-    over.set()
-    killer.join()
-
-    assert sorted(n * 100 + i for n in range(8) for i in range(40)) == sorted(effects)
-    assert {"success"} == {record.status for record, _ in store.calls()}
-    assert 320 == guard.stats()["executed"]
-    guard.close()
-
-
-CALLER = """\
-import os, sys, time
-from ledger import Guard
-from ledger_stores.redis import RedisStore
-url, namespace, path = sys.argv[1:]
-guard = Guard(store=RedisStore(url, namespace=namespace), quiet=True)
-effects = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-@guard.once(name="charge", replay=True)
-def charge(order):
-    os.write(effects, b"%d\\n" % order)
-    time.sleep(0.001)
-    return order
-
-for order in range(300):
-    assert charge(order) == order
-    if order == 50:
-        print("going", flush=True)
-guard.close()
-"""
-
-
 def test_a_cluster_keeps_a_namespace_on_one_node(start: Callable[..., RedisServer]) -> None:
     """All keys share a hash tag, so a node in cluster mode takes every operation."""
     server = start("--cluster-enabled", "yes")
@@ -532,30 +604,6 @@ def test_a_cluster_keeps_a_namespace_on_one_node(start: Callable[..., RedisServe
     assert 1 == store.totals()["tests.charge"]["executed"]
     store.reset(None, store.clock.wall())
     assert ["claimed", "success", "blocked", "reset"] == [e["kind"] for e in store.events()]
-    store.close()
-
-
-def test_a_server_that_restarts_costs_no_call_and_repeats_none(
-    tmp_path: Path, start: Callable[..., RedisServer]
-) -> None:
-    """With AOF and fsync at each write, two processes go on over a restart: 300 orders, 300 effects."""
-    server = start("--appendonly", "yes", "--appendfsync", "always")
-    effects, namespace = tmp_path / "effects", fresh_namespace()
-    command = [sys.executable, "-c", CALLER, server.url, namespace, str(effects)]
-    callers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
-    for caller in callers:
-        assert caller.stdout is not None
-        assert b"going\n" == caller.stdout.readline()
-
-    server.stop()
-    time.sleep(0.2)
-    server.start()
-
-    ends = [(caller.communicate(timeout=60)[1].decode(), caller.returncode) for caller in callers]
-    assert [("", 0)] * 2 == ends
-    assert list(range(300)) == sorted(map(int, effects.read_text().split()))
-    store = RedisStore(server.url, namespace=namespace)
-    assert (300, 300) == (store.totals()["charge"]["executed"], store.totals()["charge"]["blocked"])
     store.close()
 
 
@@ -616,7 +664,7 @@ def test_full_memory_refuses_claims_and_takes_ends(server: RedisServer) -> None:
     store = RedisStore(server.url, namespace=fresh_namespace())
     asked, lasting = claim(), claim("lasting")
     run, other = run_of(store, asked), run_of(store, lasting)
-    with configured(server, maxmemory="1mb"):
+    with configured(server, maxmemory="1kb"):  # less than an empty server has
         with pytest.raises(StoreError, match="memory is full") as refused:
             store.transact(claim("another"))
         kinds = [store.transact(op).kind for op in (settle(run, result='"x"'), renew(other), reset(2**60))]
@@ -666,7 +714,7 @@ def test_a_replica_has_what_was_answered(server: RedisServer, start: Callable[..
         alone.transact(asked)
     replica = start("--replicaof", "127.0.0.1", str(server.port))
 
-    run = eventually(lambda: run_of(alone, asked))
+    run = when_it_can(lambda: run_of(alone, asked))
 
     with replica.client() as plain:
         assert asked.token in plain.hget(f"{{{alone.namespace}}}:call:c", "1:row")
@@ -677,7 +725,7 @@ def test_a_replica_has_what_was_answered(server: RedisServer, start: Callable[..
     alone.close()
 
 
-def eventually(act: Callable[[], Run]) -> Run:
+def when_it_can(act: Callable[[], Run]) -> Run:
     """Its answer, once there is no `StoreError` any more."""
     limit = time.monotonic() + PATIENCE
     while True:
