@@ -1602,6 +1602,8 @@ class Store:
 
     #: a claim costs no more than a look: the store tells a loser why in the same step
     judges_in_claim = False
+    #: where what blocks is done for async callers; None is the loop's own, of few threads
+    executor: Any = None
     clock: Clock
     _keeper: _Keeper | None
     _newest_seen: dict[str, tuple[int, Record]]
@@ -1900,7 +1902,7 @@ class Store:
             return given[0]
 
         try:
-            return await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, work))
+            return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self.executor, work))
         except (asyncio.CancelledError, GeneratorExit):
             gone.append(True)  # whichever side comes second sees both, and settling twice is settling once
             give_back()
@@ -1910,13 +1912,13 @@ class Store:
         """`rows` without blocking the event loop."""
         import asyncio
 
-        return await asyncio.get_running_loop().run_in_executor(None, self.rows, call)
+        return await asyncio.get_running_loop().run_in_executor(self.executor, self.rows, call)
 
     async def quick_async(self, call: str) -> Sequence[tuple[str, int, str | None, int]]:
         """`quick` without blocking the event loop."""
         import asyncio
 
-        return await asyncio.get_running_loop().run_in_executor(None, self.quick, call)
+        return await asyncio.get_running_loop().run_in_executor(self.executor, self.quick, call)
 
     # -- fork --
 

@@ -135,7 +135,7 @@ class ServerStore(Store):
 
     async def _reread_async(self, call: str, run: int, owner: str) -> Sequence[Brief]:
         """`_reread` without blocking the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(None, self._reread, call, run, owner)
+        raise NotImplementedError
 
     @property
     def _patience(self) -> float:
@@ -366,11 +366,10 @@ class _Asked:
 class Together:
     """What tasks of event loops ask at the same moment is asked together, by one thread, which ends when idle.
 
-    A thread for each question would cost more than the question; the driver's asynchronous client, with a
-    connection and a wait for each, costs as much as the thread.
+    A thread for each question costs more than the question.
     """
 
-    def __init__(self, ask_all: Callable[[list[tuple[Any, ...]]], Sequence[Any]]) -> None:
+    def __init__(self, ask_all: Callable[[list[Any]], Sequence[Any]]) -> None:
         self._ask_all = ask_all
         self._asked: queue.SimpleQueue[_Asked] = queue.SimpleQueue()
         self._lock = threading.Lock()

@@ -34,8 +34,6 @@ from ledger_stores.move import SEALED, SHUT, Mark, Side
 SCHEMA_VERSION = 1
 #: how many documents are read at once
 _PAGE = 100
-#: how long a look at the ledger's own document holds
-GATE_MICROS = 10_000_000
 #: how many events a document keeps, and how much of what each says
 LOG, DETAIL = 100, 200
 #: how many documents of open runs a process keeps, and how many numbers it counts on
@@ -216,6 +214,8 @@ class DocumentStore(ServerStore):
     """A store on a server that inserts a document if it is absent and replaces it if it is unchanged."""
 
     logs_by_call = True
+    #: how long a look at the ledger's own document holds, the same in all processes that share the ledger
+    gate_micros: ClassVar[int] = 10_000_000
     #: bytes that the runs of a call may take in its document
     room: ClassVar[int]
     #: microseconds between two times that an answer of the server can carry
@@ -288,7 +288,7 @@ class DocumentStore(ServerStore):
         """When the ledger's own document was read: later than `after`, and ten seconds ago at most."""
         with self._gate:
             now = boot_micros()
-            if self._looked_at > after and now - self._looked_at < GATE_MICROS:
+            if self._looked_at > after and now - self._looked_at < self.gate_micros:
                 return self._looked_at
             is_new, self._looked_at = not self._looked_at, 0
             self._learn_about(self.about())
@@ -318,19 +318,14 @@ class DocumentStore(ServerStore):
         self._ledger_id = about["ledger"]
         self._mark = Mark.read(about.get("move"))
 
-    def _pass_gate(self, op: Op | _Forget | None = None) -> int:
-        """When it was last seen that this (None: counting) may be done here; `StoreError` if it may not."""
-        looked_at = self._look_up()
-        if self._is_refused(op):  # a look that refuses is never remembered: the ledger may be open by now
-            looked_at = self._look_up(after=boot_micros())
-            self._refuse(op)
-        return looked_at
-
     def _is_refused(self, op: Op | _Forget | None) -> bool:
+        """Whether the ledger's mark closes it to what this would write (None: counts)."""
         role = self._mark and self._mark.role
         return role in SHUT or (role in SEALED and op is not None and not isinstance(op, _GOES_ON))
 
     def _refuse(self, op: Op | _Forget | None) -> None:
+        """Raise if it is closed; a look that said so may be of a while ago, so there is another."""
+        self._look_up(after=boot_micros())
         if self._mark and self._is_refused(op):
             raise StoreError(f"{self.address}: {self._mark.refusal}")
 
@@ -348,16 +343,17 @@ class DocumentStore(ServerStore):
     # -- operations --
 
     def _apply(self, op: Op) -> Verdict:
-        looked_at = self._pass_gate(op)
+        looked_at = self._look_up()
+        if self._mark and self._mark.role in SHUT:
+            self._refuse(op)
         verdict = self._decide(op)
-        if not isinstance(op, _GOES_ON) and boot_micros() - looked_at > GATE_MICROS:
+        if not isinstance(op, _GOES_ON) and boot_micros() - looked_at > self.gate_micros:
             self._pass_late(op, verdict)
         return verdict
 
     def _pass_late(self, op: Op, verdict: Verdict) -> None:
         """It may have been written long after the look, when it was refused already: look again."""
         try:
-            self._look_up(after=boot_micros())
             self._refuse(op)
         except StoreError:
             if isinstance(op, Claim) and verdict.kind == "granted":
@@ -368,12 +364,16 @@ class DocumentStore(ServerStore):
         name = f"call:{op.call}"
         # a guess saves the reading: nobody made this call, or nobody touched it since I did
         doc = Document(name) if isinstance(op, Claim) else self._own.get(op.call)
+        if self._is_refused(op):
+            doc = None
         is_guess = doc is not None
         for tries in range(_TRIES):
             if doc is None:
                 doc = self._document(name)
             change = op.apply(doc.rows, self._now())
             if change.updates or change.insert or change.forget:
+                if self._is_refused(op) and (change.insert or not isinstance(op, Claim)):
+                    self._refuse(op)
                 is_written, stands = self.write(doc, doc.after(change, self._now().wall))
                 if is_written:
                     self._keep(stands)
@@ -447,7 +447,8 @@ class DocumentStore(ServerStore):
         Raises `InProgress` while one runs, and then none is forgotten; a run that begins meanwhile is
         spared.  `force` forgets what runs too, and it may then run beside itself.
         """
-        self._pass_gate(_Forget("", asked, force, why))
+        if self._is_refused(_Forget("", asked, force, why)):
+            self._refuse(_Forget("", asked, force, why))
         self.flush()
         asked = self._by_server(asked)
         if not force:
@@ -465,7 +466,9 @@ class DocumentStore(ServerStore):
 
     def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
         """Each writer has a number of its own in a document, so that writing it twice counts once."""
-        self._pass_gate()
+        self._look_up()
+        if self._is_refused(None):
+            self._refuse(None)
         numbers: dict[tuple[str, str], int] = {}
         told: dict[str, tuple[Any, ...]] = {}
         for item in sums:

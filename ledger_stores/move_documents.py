@@ -20,7 +20,6 @@ from itertools import islice
 import ledger
 from ledger_stores.documents import (
     DETAIL,
-    GATE_MICROS,
     LOG,
     TALLIED,
     Document,
@@ -139,7 +138,7 @@ class DocumentSide(Side):
             self._tell(entries, was)
             self._set_mark(was, now)
         if _closes(now) and _closes(now) != _closes(was):
-            time.sleep(GATE_MICROS / 1e6 + 1)  # until nobody goes by an older look
+            time.sleep(self.store.gate_micros * 1.1 / 1e6)  # until nobody goes by an older look
             if was is None and now.role == "receiving" and not self.is_empty():
                 self.unmark(now)
                 raise refuse_full(self.address)

@@ -5,7 +5,7 @@ Durable as the server's `synchronous_commit` makes it: `on`, the default of Post
 not have unless the server waits for it (`synchronous_standby_names`).  `sync="claim"` waits for the
 claim alone, `sync="off"` for neither.
 
-Each operation is one function call, one round trip, in a transaction of its own; nothing is kept in a
+Each operation is one statement, one round trip, in a transaction of its own; nothing is kept in a
 session, so a transaction pooler may stand between.  Leases go by the server's clock.  An operation
 whose reply was lost is sent again with its token and finds its own row.
 """
@@ -21,6 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -32,7 +33,7 @@ from psycopg.rows import tuple_row
 
 import ledger
 from ledger import Clock, Now, Op, Record, Run, StoreError, UsageError, Verdict
-from ledger_stores.base import NOTICE_SECONDS, Brief, ServerStore, verdict_from, without_password
+from ledger_stores.base import NOTICE_SECONDS, Brief, ServerStore, Together, verdict_from, without_password
 
 if TYPE_CHECKING:
     from ledger_stores.move import Side
@@ -77,6 +78,8 @@ class PostgresStore(ServerStore):
         super()._begin()
         self._connections: _Connections | None = None
         self._prepares = True
+        self._executor: ThreadPoolExecutor | None = None
+        self._together = Together(self._still_done)
         self._listening: _Connection | None = None
 
     # -- connections --
@@ -101,6 +104,14 @@ class PostgresStore(ServerStore):
                     raise self._translated(error) from error
             time.sleep(0.05)
         return _Connections(self._connect, self.connections, self.lock_seconds)
+
+    @property
+    def executor(self) -> ThreadPoolExecutor:
+        """A thread for each connection: the server commits at once what comes at once."""
+        with self._opening:
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(self.connections, thread_name_prefix="ledger-async")
+            return self._executor
 
     def _connect(self) -> _Connection:
         db = _Connection.connect(
@@ -278,8 +289,21 @@ class PostgresStore(ServerStore):
         return [Run(*row) for row in found]
 
     def _reread(self, call: str, run: int, owner: str) -> Sequence[Brief]:
-        result = self._ask_often(_STILL_DONE, call, run, owner)
-        return [("success", 0, None if result[0] is None else result[0].decode(), run)] if result else []
+        return self._still_done([(call, run, owner)])[0]
+
+    async def _reread_async(self, call: str, run: int, owner: str) -> Sequence[Brief]:
+        runs: Sequence[Brief] = await self._together.ask((call, run, owner), lambda _: None)
+        return runs
+
+    def _still_done(self, asked: Sequence[tuple[str, int, str]]) -> list[Sequence[Brief]]:
+        """For each call its run, if that still is the newest one and answers a duplicate; in one round trip."""
+        if len(asked) == 1:
+            found = self._ask_often(_STILL_DONE, *asked[0])
+            result = found[0].decode() if found and found[0] is not None else None
+            return [[("success", 0, result, asked[0][1])] if found else []]
+        rows = self._ask(_ALL_STILL_DONE, [list(column) for column in zip(*asked, strict=True)])
+        results = {row[:3]: row[3] for row in rows}
+        return [[("success", 0, results[seen], seen[1])] if seen in results else [] for seen in asked]
 
     def _now(self) -> Now:
         wall = self._server_time()
@@ -419,6 +443,9 @@ class PostgresStore(ServerStore):
         super().close()
         with self._opening:
             connections, self._connections = self._connections, None
+            executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.shutdown(wait=False)
         if connections is not None:
             connections.close()
 
@@ -650,6 +677,12 @@ SELECT CASE WHEN NOT EXISTS (SELECT FROM ended) THEN :ns.settle_late($1, $3, $4,
 _STILL_DONE = """
 SELECT result FROM (SELECT * FROM :ns.runs WHERE call = $1 ORDER BY run DESC LIMIT 1) AS newest
  WHERE run = $2 AND owner = $3 AND status = 'success' AND released = 0
+"""
+_ALL_STILL_DONE = """
+SELECT seen.call, seen.run, seen.owner, newest.result
+  FROM unnest(%s::text[], %s::integer[], %s::text[]) AS seen(call, run, owner)
+ CROSS JOIN LATERAL (SELECT * FROM :ns.runs r WHERE r.call = seen.call ORDER BY r.run DESC LIMIT 1) AS newest
+ WHERE newest.run = seen.run AND newest.owner = seen.owner AND newest.status = 'success' AND newest.released = 0
 """
 _TOTALS = """
 SELECT tool, SUM(actions), SUM(attempts), SUM(executed), SUM(blocked), SUM(failed), SUM(in_doubt),

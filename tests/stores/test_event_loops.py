@@ -183,7 +183,7 @@ def test_each_task_is_told_that_the_server_is_gone() -> None:
 
 
 def test_the_thread_that_asks_is_one(guard: Guard) -> None:
-    """However many tasks and loops there are, a Redis store asks from one thread."""
+    """However many tasks and loops there are, what is asked together is asked from one thread."""
 
     async def work() -> None:
         await asyncio.gather(*(guard(pay, n) for n in range(50)))

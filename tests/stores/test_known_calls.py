@@ -105,3 +105,24 @@ def test_async_duplicates_see_a_reset(open_guard: Open) -> None:
         return [*before, await here(tell, 7), await here(tell, 7)]
 
     assert [1, 1, 2, 2] == asyncio.run(work())
+
+
+def test_duplicates_that_are_asked_together_get_each_their_own_answer(open_guard: Open) -> None:
+    """Of many that tasks ask for at once those that others released run again, and only those."""
+    here, there = open_guard(), open_guard()
+
+    async def tell(order: int) -> int:
+        return order * 1000 + number(order)
+
+    async def ask(*orders: int) -> list[int]:
+        return await asyncio.gather(*(here(tell, n) for n in orders))
+
+    before = asyncio.run(ask(*range(40)))
+    for order in range(0, 40, 4):
+        there.retry(tell, order)
+    after = asyncio.run(ask(*range(40), 1, 1, 2))
+
+    changed = [n for n in range(40) if before[n] != after[n]]
+    assert list(range(0, 40, 4)) == changed
+    assert [before[1], before[1], before[2]] == after[40:]
+    assert 50 == len(runs)
