@@ -4,6 +4,7 @@ One side at a time lets runs begin: the source until it is sealed, the target fr
 between the two moments neither. The target is closed while it receives; the seal is a barrier of the
 source's own store, behind which no claim is left half done; runs that are alive then end on the source;
 what has changed since the copy began is copied again, and only then the target opens, in one step.
+A source without a log of all events (DynamoDB, MongoDB) is sealed first and copied then.
 
 How far it came is kept in the marks of both sides (`ledger_stores.move`), each written together with what
 it tells of, so the same command goes on where one was cut off.
@@ -134,12 +135,15 @@ class Move:
                 return Moved("moved", self._calls(), self._carry_ends())
             ends = self._carry_ends()
             return Moved("late ends carried" if ends else "nothing new", self._calls(), ends)
-        self._copy_all()
-        if self.here.role == "leaving":
+        if self.source.has_log:
+            self._copy_all()
             for _ in range(2):  # the second time little is left for when callers are refused
                 self._follow(self.source.last_certain())
-            self._mark_source("sealed")
-            self.tell(f"sealed: no run begins in {self.source.address} any more")
+            self._seal()
+        else:  # nothing tells what changes during a copy, so nothing may
+            self._seal()
+            self._wait_for_runs()
+            self._copy_all()
         self._catch_up()
         # a server that came back without its last second may have come back without the seal
         must_step(self.source.mark(), self.here, self.here, self.source.address)
@@ -248,6 +252,11 @@ class Move:
         self.target.step(self.there, now, calls, entries)
         self.there = now
 
+    def _seal(self) -> None:
+        if self.here.role == "leaving":
+            self._mark_source("sealed")
+            self.tell(f"sealed: no run begins in {self.source.address} any more")
+
     def _calls(self) -> int:
         return sum(sums["actions"] for sums in self.target.store.totals().values())
 
@@ -348,16 +357,29 @@ class Move:
 
     def _carry_ends(self) -> int:
         """Settle in the target what ended in the source since the last look; how many runs that were."""
+        if not self.source.has_log:
+            return sum(self._carry_ends_of(call) for call in self._all_calls())
         carried = 0
         while entries := self.source.entries(self.there.events, _EVENTS):
-            for call in dict.fromkeys(e.call for e in entries if e.call and e.kind in _ENDS):
-                theirs = {run.owner: run for run in self.target.store.rows(call)}
-                for ending in filter(None, map(_ending, self.source.store.rows(call))):
-                    if _lacks(theirs.get(ending.claim.token), ending):
-                        self.target.store.transact(ending)
-                        carried += 1
+            calls = dict.fromkeys(e.call for e in entries if e.call and e.kind in _ENDS)
+            carried += sum(self._carry_ends_of(call) for call in calls)
             self._write(events=entries[-1].seq)
         return carried
+
+    def _carry_ends_of(self, call: str) -> int:
+        carried = 0
+        theirs = {run.owner: run for run in self.target.store.rows(call)}
+        for ending in filter(None, map(_ending, self.source.store.rows(call))):
+            if _lacks(theirs.get(ending.claim.token), ending):
+                self.target.store.transact(ending)
+                carried += 1
+        return carried
+
+    def _all_calls(self) -> Iterator[str]:
+        place = ""
+        while page := self.source.names(place, _MOST_CALLS):
+            yield from (call for _, call in page)
+            place = page[-1][0]
 
 
 def _elsewhere(source: Side, here: Mark) -> UsageError:

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import Any
 
 import ledger
 from ledger_stores.documents import (
@@ -31,6 +33,8 @@ from ledger_stores.documents import (
 )
 from ledger_stores.move import SEALED, SHUT, Entry, Mark, Side, Tally, Whole, must_step, refuse_full
 
+#: documents that are read in one request, and requests that are under way at once
+_PAGE, _THREADS = 100, 16
 #: events that a document keeps; the rest are only counted
 _KEPT = frozenset(("claimed", *ledger._NEXT, "late", "released", "resolved", "reset"))
 
@@ -81,7 +85,7 @@ class DocumentSide(Side):
 
     def _found(self, kind: str, calls: Sequence[str]) -> dict[str, Fields]:
         names, found = iter(dict.fromkeys(f"{kind}:{call}" for call in calls)), dict[str, Fields]()
-        while page := list(islice(names, 100)):
+        while page := list(islice(names, _PAGE)):
             found |= self.store._find(page)
         return found
 
@@ -133,8 +137,7 @@ class DocumentSide(Side):
     ) -> None:
         """Make these calls what they are there, tell their events, then set the mark; all can be repeated."""
         if must_step(self.mark(), was, now, self.address):
-            for whole in calls:
-                self._put(whole, was)
+            self._put_all(calls, was)
             self._tell(entries, was)
             self._set_mark(was, now)
         if _closes(now) and _closes(now) != _closes(was):
@@ -149,10 +152,9 @@ class DocumentSide(Side):
 
     def erase(self, was: Mark, now: Mark) -> None:
         """Forget all calls and tallies, then set the mark; the documents stay, so that no mover finds them absent."""
-        for _, name in list(self._names("", None)):
-            kind, _, call = name.partition(":")
-            nothing = Whole(call, (), None)
-            self._put_rows(nothing, was) if kind == "call" else self._put_tally(nothing)
+        names = (name.partition(":")[2] for _, name in list(self._names("", None)))
+        while page := list(islice(names, _PAGE)):
+            self._put_all([Whole(call, (), None) for call in dict.fromkeys(page)], was)
         self._set_mark(was, now)
 
     def _set_mark(self, was: Mark | None, now: Mark | None) -> None:
@@ -165,36 +167,54 @@ class DocumentSide(Side):
             if stands and stands["v"] == fields["v"]:
                 return
 
-    def _put(self, whole: Whole, mark: Mark | None) -> None:
-        """Make a call what it is there, unless another mover has come."""
-        if whole.rows or whole.tally is None:
-            self._put_rows(whole, mark)
-        self._put_tally(whole)
-        for name, host, pid, *_ in whole.processes:
-            if name not in self._known:
-                self.store._insert(f"process:{name}", {"host": host, "pid": pid})
-                self._known.add(name)
+    def _put_all(self, wholes: Sequence[Whole], mark: Mark | None) -> None:
+        """Make calls here what they are there, unless another mover has come; several at once."""
+        names = [whole.call for whole in wholes]
+        docs, tallies = self._found("call", names), self._found("tally", names)
 
-    def _put_rows(self, whole: Whole, mark: Mark | None) -> None:
-        name = f"call:{whole.call}"
+        def put(whole: Whole) -> None:
+            call, tally = f"call:{whole.call}", f"tally:{whole.call}"
+            if whole.rows or call in docs or whole.tally is None:
+                self._put_rows(whole, Document.read(call, docs.get(call)), mark)
+            if whole.tally is not None or tally in tallies:
+                self._put_tally(whole, is_there=tally in tallies)
+
+        self._at_once(put, wholes)
+        processes = {told[0]: told for whole in wholes for told in whole.processes}
+        self._at_once(self._put_process, [processes[name] for name in processes.keys() - self._known])
+        self._known |= processes.keys()
+
+    def _at_once(self, work: Callable[[Any], object], items: Sequence[Any]) -> None:
+        """Do it for each: one request after the other would make a move as slow as the way to the server."""
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for _ in pool.map(work, items):
+                pass
+
+    def _put_process(self, told: tuple[Any, ...]) -> None:
+        name, host, pid, *_ = told
+        self.store._insert(f"process:{name}", {"host": host, "pid": pid})
+
+    def _put_rows(self, whole: Whole, doc: Document, mark: Mark | None) -> None:
+        nowhere = place_of(0, doc.name)  # of a call that has no run here or there
         rows = [run._replace(mono=0, blocked=0) for run in whole.rows]
         more: Fields = {"blocked_moved": sum(run.blocked for run in whole.rows)}
         # whoever made it absent did not know its workflow
-        more |= self.store._listing(name, scope_of(rows[0].wf)) if rows else {"told": 0}
+        more |= self.store._listing(doc.name, scope_of(rows[0].wf)) if rows else {"told": 0}
         while True:
-            doc = self.store._document(name)
-            first = place_of(rows[0].started, name) if rows else doc.first or place_of(0, name)
+            first = doc.first
+            if first in ("", nowhere):
+                first = place_of(rows[0].started, doc.name) if rows else nowhere
             log = doc.log if rows else ()
             after = doc._replace(version=ledger.new_token(), rows=rows, first=first, forgotten=0, log=log)
-            if self.store.write(doc, after, more)[0]:
+            is_written, doc = self.store.write(doc, after, more)
+            if is_written:
                 return
             must_step(self.mark(), mark, mark, self.address)
 
-    def _put_tally(self, whole: Whole) -> None:
+    def _put_tally(self, whole: Whole, *, is_there: bool) -> None:
         name = f"tally:{whole.call}"
         if whole.tally is None:
-            zero = {f"{kind}_moved": 0 for kind in TALLIED}
-            self.store._set(name, zero)
+            self.store._set(name, {f"{kind}_moved": 0 for kind in TALLIED})
             return
         _, tool, wf, caller, args, ran, raised, error, created, touched = whole.tally
         fields: Fields = {
@@ -205,8 +225,9 @@ class DocumentSide(Side):
             "ran_moved": ran,
             "raised_moved": raised,
         }
-        if not self.store._set(name, fields):
+        if not is_there:
             self.store._insert(name, {**fields, "first": place_of(created, name)}, scope_of(wf))
+        self.store._set(name, fields)
 
     def _tell(self, entries: Sequence[Entry], mark: Mark | None) -> None:
         """Add events to the logs of their calls, each once: a document knows the last that it was told."""
@@ -214,8 +235,12 @@ class DocumentSide(Side):
         for entry in entries:
             if entry.call and entry.kind in _KEPT:
                 told.setdefault(entry.call, []).append(entry)
-        for name, fields in self._found("call", list(told)).items():
-            self._tell_one(name, fields, told[name.partition(":")[2]], mark)
+        found = self._found("call", list(told))
+
+        def tell(name: str) -> None:
+            self._tell_one(name, found[name], told[name.partition(":")[2]], mark)
+
+        self._at_once(tell, list(found))
 
     def _tell_one(
         self, name: str, fields: Fields | None, entries: Sequence[Entry], mark: Mark | None

@@ -11,11 +11,14 @@ from ledger import Guard
 from ledger_ops.move import Move, Moved, opened_sides
 from ledger_stores.move import Side
 from tests.cli_kit import Background, Done, run
+from tests.stores.dynamo_kit import dynamo_url
+from tests.stores.mongo_kit import stand_in
 from tests.stores.redis_kit import redis_url
 from tests.stores.servers import fresh_namespace, postgres_url
 
-KINDS = ("sqlite", "postgres", "redis")
-PAIRS = [(source, target) for source in KINDS for target in KINDS]
+WITH_LOG = ("sqlite", "postgres", "redis")
+KINDS = (*WITH_LOG, "dynamodb", "mongodb")
+PAIRS = [(source, target) for source in WITH_LOG for target in WITH_LOG]
 
 
 class Place(NamedTuple):
@@ -33,7 +36,14 @@ def fresh_place(kind: str, folder: Path) -> Place:
     """A place of that kind where nothing is yet."""
     if kind == "sqlite":
         return Place(str(folder / f"{fresh_namespace()}.db"), None)
-    return Place(postgres_url() if kind == "postgres" else redis_url(), fresh_namespace())
+    return Place(url_of(kind), fresh_namespace())
+
+
+def url_of(kind: str) -> str:
+    """Where a server of that kind is."""
+    if kind == "mongodb":
+        return stand_in().url
+    return {"postgres": postgres_url, "redis": redis_url, "dynamodb": dynamo_url}[kind]()
 
 
 @contextmanager

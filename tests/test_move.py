@@ -25,8 +25,8 @@ from ledger_stores.testing import LEASE, claim, granted, release, reset, resolve
 from tests.actors import Actor, Stage, eventually, stage
 from tests.cli_kit import Terminal, run
 from tests.move_kit import (
-    KINDS,
     PAIRS,
+    WITH_LOG,
     Place,
     begin_move,
     fresh_place,
@@ -441,7 +441,7 @@ def test_the_end_of_a_lapsed_run_is_carried_later(pair: tuple[str, str], tmp_pat
     assert ("success", "late but true") == (entry["status"], entry["result"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WITH_LOG)
 def test_an_end_after_a_takeover_at_the_target_is_late_there(kind: str, tmp_path: Path) -> None:
     """The call ran again at the target meanwhile: the first owner's success is kept beside its doubt."""
     source, target = places((kind, "redis" if kind == "sqlite" else "sqlite"), tmp_path)
