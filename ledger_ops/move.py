@@ -33,6 +33,8 @@ _EVENTS, _MOST_CALLS = 500, 200
 #: about how many bytes of calls are held at one time
 _BYTES = 2_000_000
 _PAUSE = 0.2
+#: how many calls that were made since the copy began are copied before the source is sealed to come to an end
+_CHASED = 1000
 #: how often both sides are compared before that is an error; half-way all is copied again
 _COMPARISONS = 10
 _ENDS = frozenset({"success", "failed", "suspended", "doubt", "late"})
@@ -273,6 +275,8 @@ class Move:
                 part, page = page[: self.batch], page[self.batch :]
                 self._copy([call for _, call in part], place=part[-1][0])
                 self.steps.step(len(part))
+            if self.steps.done > (self.steps.total or 0) + _CHASED:  # they are made faster than copied
+                self._seal()
             if is_last:
                 self._write(place=None)
 

@@ -218,19 +218,17 @@ def test_a_target_that_holds_something_is_left_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", [("sqlite", "dynamodb"), ("mongodb", "sqlite")], ids="-".join)
+@pytest.mark.parametrize("pair", [("sqlite", "mongodb"), ("dynamodb", "sqlite")], ids="-".join)
 def test_callers_who_change_sides_run_each_call_once(pair: tuple[str, str], tmp_path: Path) -> None:
-    """Four processes hammer 240 keys, are refused at the source and go to the target: one effect each."""
+    """Four processes hammer 60 keys, are refused at the source and go to the target: one effect each."""
     source, target = places(pair, tmp_path)
     with stage(tmp_path) as here:
-        slowly = HAMMER.replace("0.002", "0.03").replace(
-            "0.005", "0.5"
-        )  # the stand-ins for these servers are slow
+        slowly = HAMMER.replace("0.002", "0.1").replace("0.005", "0.5").replace("240", "60")
         crowd = [start(here, slowly, source, target, number) for number in range(4)]
         assert ["ready"] * 4 == [actor.line() for actor in crowd]
         for actor in crowd:
             actor.tell("go")
-        eventually(lambda: len(here.effects()) > 30)
+        eventually(lambda: len(here.effects()) > 20)
 
         done = move(source, target)
 
@@ -240,7 +238,7 @@ def test_callers_who_change_sides_run_each_call_once(pair: tuple[str, str], tmp_
             actor.ends_well()
         counts = Counter(here.effects())
     assert {1} == set(counts.values())
-    assert {str(number) for number in range(240)} <= counts.keys()
+    assert {str(number) for number in range(60)} <= counts.keys()
 
 
 def test_a_place_that_is_not_there_is_not_made(tmp_path: Path) -> None:
