@@ -55,7 +55,10 @@ def move_command(
     opens, in one step. Until then callers are refused on both sides; point them at TO.
 
     How far it came is kept in both ledgers, so after an interruption the same command goes on; FROM stays
-    sealed. A run whose lease lapsed goes along as in doubt; if its end still comes to FROM, the same command
+    sealed. DynamoDB and MongoDB have no such barrier, and no log that tells what changes: they are sealed
+    before the copy, and the move goes on when every program must have looked at the seal (11 s); a claim that
+    comes later is given back before its tool is entered. Events of their calls stay behind.
+    A run whose lease lapsed goes along as in doubt; if its end still comes to FROM, the same command
     carries it over. What FROM counts after the move (blocked attempts, unlimited tools) stays there.
     """
     from ledger_ops.move import Move, opened_sides
