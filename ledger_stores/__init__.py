@@ -1,7 +1,7 @@
 """The guard's stores on databases that many machines share; the drivers load where first needed.
 
 `Guard("postgresql://user@host/db")` needs the extra `postgres`, `Guard("redis://host:6379/0")` the extra `redis`,
-`Guard("dynamodb://table?region=eu-central-1")` the extra `dynamodb`.
+`Guard("dynamodb://table?region=eu-central-1")` the extra `dynamodb`, `Guard("mongodb://host/db")` the extra `mongodb`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ledger
 from ledger import Claim, Clock, Now, Op, Record, Run, Settle, Store, UsageError, Verdict
@@ -63,14 +63,33 @@ class ServerStore(Store):
     speaks_sql = False
     #: each call keeps its newest events itself (`events_of`), and there is no log of all
     logs_by_call = False
-    lock_seconds: float
+    #: what the namespace is there
+    namespace_is = "the beginning of keys"
 
-    def __init__(self, url: str, *, namespace: str | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        namespace: str | None = None,
+        sync: Literal["full", "claim", "off"] = "full",
+        lock_seconds: float = 30.0,
+        clock: Clock | None = None,
+    ) -> None:
         super().__init__(clock=clock)
-        _refuse_unclear(url)
+        if namespace and not re.fullmatch(r"[a-z_][a-z0-9_]{0,40}", namespace):
+            raise UsageError(
+                f"namespace={namespace!r} cannot be {self.namespace_is}: use small letters, digits and _"
+            )
+        self._understand(url)
         self.url = url
         self.namespace = namespace or "ledger"
+        self.sync = sync
+        self.lock_seconds = lock_seconds
         self._begin()
+
+    def _understand(self, url: str) -> None:
+        """Take from the URL what it says of this store; `UsageError` for one that cannot be meant."""
+        _refuse_unclear(url)
 
     def _begin(self) -> None:
         """What a process starts with, and a forked child starts anew: connections are not inherited."""

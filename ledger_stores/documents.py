@@ -633,6 +633,17 @@ class DocumentStore(ServerStore):
         self._set(me, {"checked": self._server_time()})
         return {"store": self.address, "ok": True, "schema": SCHEMA_VERSION}
 
+    def close(self) -> None:
+        """Finish what is pending and close the connections; they open again when the store is used again."""
+        super().close()
+        with self._opening:
+            self._looked_at, self._ledger_id = 0, ""
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        """Close the connections, if there are any."""
+        raise NotImplementedError
+
 
 def tally_from(call: str, fields: Fields) -> Record:
     """The record of an unlimited tool's call from its document, without what a reset forgot."""

@@ -31,14 +31,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from email.utils import parsedate_to_datetime
 from itertools import islice
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 from urllib.parse import parse_qsl, urlsplit
 
 import boto3
 from botocore import exceptions
 from botocore.config import Config
 
-from ledger import Clock, StoreError, UsageError
+from ledger import StoreError, UsageError
 from ledger_stores.documents import DocumentStore, Fields, boot_micros
 
 #: over so many parts the list of all calls is spread, because one part takes a thousand writes a second
@@ -69,21 +69,8 @@ class DynamoStore(DocumentStore):
     room: ClassVar[int] = 160_000
     resolution: ClassVar[int] = 1_000_000
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        namespace: str | None = None,
-        sync: Literal["full", "claim", "off"] = "full",
-        lock_seconds: float = 30.0,
-        clock: Clock | None = None,
-    ) -> None:
-        if namespace and not re.fullmatch(r"[a-z_][a-z0-9_]{0,40}", namespace):
-            raise UsageError(f"namespace={namespace!r} cannot begin keys: use small letters, digits and _")
-        super().__init__(url, namespace=namespace, clock=clock)
+    def _understand(self, url: str) -> None:
         self.table, self._options = _parts_of(url)
-        self.sync = sync
-        self.lock_seconds = lock_seconds
 
     def _begin(self) -> None:
         super()._begin()
@@ -114,7 +101,7 @@ class DynamoStore(DocumentStore):
 
     def _connected(self) -> Any:
         """A client; it connects when it is first asked."""
-        seconds = max(1.0, self.lock_seconds)
+        seconds = self._patience
         config = Config(
             connect_timeout=min(_CONNECT_SECONDS, seconds),
             read_timeout=min(10.0, seconds),
@@ -405,12 +392,8 @@ class DynamoStore(DocumentStore):
 
     # -- the end --
 
-    def close(self) -> None:
-        """Finish what is pending and close the connections; they open again when the store is used again."""
-        super().close()
-        with self._opening:
-            client, self._client = self._client, None
-            self._looked_at, self._ledger_id = 0, ""
+    def _disconnect(self) -> None:
+        client, self._client = self._client, None
         if client is not None:
             client.close()
 

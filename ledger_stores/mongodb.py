@@ -43,7 +43,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from urllib.parse import unquote
 
 import pymongo
@@ -54,7 +54,7 @@ from pymongo.collection import Collection
 from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
 
-from ledger import Clock, StoreError, UsageError
+from ledger import StoreError, UsageError
 from ledger_stores.documents import DocumentStore, Fields, boot_micros
 
 #: documents of a list in one answer, and calls that one stream is asked for
@@ -123,19 +123,9 @@ class MongoStore(DocumentStore):
     room: ClassVar[int] = 1_000_000
     resolution: ClassVar[int] = 1_000
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        namespace: str | None = None,
-        sync: Literal["full", "claim", "off"] = "full",
-        lock_seconds: float = 30.0,
-        clock: Clock | None = None,
-    ) -> None:
-        if namespace and not re.fullmatch(r"[a-z_][a-z0-9_]{0,40}", namespace):
-            raise UsageError(
-                f"namespace={namespace!r} cannot name a collection: use small letters, digits and _"
-            )
+    namespace_is = "a collection"
+
+    def _understand(self, url: str) -> None:
         parts = _URL.fullmatch(url)
         if parts is None:  # not shown: whatever it is that is misplaced may be the password
             raise UsageError(
@@ -144,9 +134,6 @@ class MongoStore(DocumentStore):
             )
         self._parts = parts.groupdict(default="")
         self._inherited: list[_Opened] = []
-        super().__init__(url, namespace=namespace, clock=clock)
-        self.sync = sync
-        self.lock_seconds = max(1.0, lock_seconds)
 
     def _begin(self) -> None:
         super()._begin()
@@ -179,7 +166,7 @@ class MongoStore(DocumentStore):
 
     def _open(self) -> _Opened:
         """A client; it connects when it is first asked."""
-        millis = int(self.lock_seconds * 1000)
+        millis = int(self._patience * 1000)
         majority = WriteConcern("majority", wtimeout=millis, j=True)
         try:
             client: pymongo.MongoClient[dict[str, Any]] = pymongo.MongoClient(
@@ -214,7 +201,7 @@ class MongoStore(DocumentStore):
         what, advice = next((said for kind, *said in _FAULTS if isinstance(error, kind)), refused)
         details = getattr(error, "details", None) or {}
         name = " ".join(map(str, filter(None, (type(error).__name__, code, details.get("codeName")))))
-        told = StoreError(f"{self.address}: {what.format(self.lock_seconds)} ({name}); {advice}")
+        told = StoreError(f"{self.address}: {what.format(self._patience)} ({name}); {advice}")
         told.full = code == _DISK_IS_FULL
         return told
 
@@ -366,12 +353,8 @@ class MongoStore(DocumentStore):
 
     # -- the end --
 
-    def close(self) -> None:
-        """Finish what is pending and close the connections; they open again when the store is used again."""
-        super().close()
-        with self._opening:
-            opened, self._open_one = self._open_one, None
-            self._looked_at, self._ledger_id = 0, ""
+    def _disconnect(self) -> None:
+        opened, self._open_one = self._open_one, None
         if opened is not None:
             opened.client.close()
 

@@ -54,6 +54,7 @@ class PostgresStore(ServerStore):
     """Calls in one schema of a PostgreSQL database; `namespace` is the schema's name."""
 
     speaks_sql = True
+    namespace_is = "a PostgreSQL schema"
 
     def __init__(
         self,
@@ -65,14 +66,8 @@ class PostgresStore(ServerStore):
         lock_seconds: float = 30.0,
         clock: Clock | None = None,
     ) -> None:
-        if namespace and not re.fullmatch(r"[a-z_][a-z0-9_]{0,40}", namespace):
-            raise UsageError(
-                f"namespace={namespace!r} cannot name a PostgreSQL schema: use small letters, digits and _"
-            )
-        super().__init__(url, namespace=namespace, clock=clock)
-        self.sync = sync
+        super().__init__(url, namespace=namespace, sync=sync, lock_seconds=lock_seconds, clock=clock)
         self.connections = connections
-        self.lock_seconds = lock_seconds
 
     def _begin(self) -> None:
         super()._begin()

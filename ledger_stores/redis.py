@@ -31,7 +31,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -104,17 +103,16 @@ class RedisStore(ServerStore):
         clock: Clock | None = None,
         replicas: int = 0,
     ) -> None:
-        if namespace and not re.fullmatch(r"[a-z_][a-z0-9_]{0,40}", namespace):
-            raise UsageError(f"namespace={namespace!r} cannot begin keys: use small letters, digits and _")
-        super().__init__(url, namespace=namespace, clock=clock)
-        self._options, self._address = _own_options(url)
-        self.sync = sync
-        self.lock_seconds = lock_seconds
+        super().__init__(url, namespace=namespace, sync=sync, lock_seconds=lock_seconds, clock=clock)
         self.replicas = int(self._options.get("replicas", replicas))
         self._sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
         self._prefix = f"{{{self.namespace}}}:"
         self._meta = f"{self._prefix}meta"
         self._warned = False
+
+    def _understand(self, url: str) -> None:
+        super()._understand(url)
+        self._options, self._address = _own_options(url)
 
     def _begin(self) -> None:
         super()._begin()
