@@ -63,8 +63,8 @@ class ServerStore(Store):
     speaks_sql = False
     #: each call keeps its newest events itself (`events_of`), and there is no log of all
     logs_by_call = False
-    #: what the namespace is there
-    namespace_is = "the beginning of keys"
+    #: what a namespace does there
+    namespace_does = "begin keys"
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class ServerStore(Store):
         super().__init__(clock=clock)
         if namespace and not re.fullmatch(r"[a-z_][a-z0-9_]{0,40}", namespace):
             raise UsageError(
-                f"namespace={namespace!r} cannot be {self.namespace_is}: use small letters, digits and _"
+                f"namespace={namespace!r} cannot {self.namespace_does}: use small letters, digits and _"
             )
         self._understand(url)
         self.url = url

@@ -123,7 +123,7 @@ class MongoStore(DocumentStore):
     room: ClassVar[int] = 1_000_000
     resolution: ClassVar[int] = 1_000
 
-    namespace_is = "a collection"
+    namespace_does = "name a collection"
 
     def _understand(self, url: str) -> None:
         parts = _URL.fullmatch(url)

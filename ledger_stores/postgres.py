@@ -54,7 +54,7 @@ class PostgresStore(ServerStore):
     """Calls in one schema of a PostgreSQL database; `namespace` is the schema's name."""
 
     speaks_sql = True
-    namespace_is = "a PostgreSQL schema"
+    namespace_does = "name a PostgreSQL schema"
 
     def __init__(
         self,
