@@ -29,6 +29,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ledger import Guard  # noqa: E402 - the tree's own, and its tests' servers
+from ledger_stores.dynamodb import DynamoStore  # noqa: E402
+from ledger_stores.mongodb import MongoStore  # noqa: E402
+from tests.stores.dynamo_kit import dynamo_url  # noqa: E402
+from tests.stores.mongo_kit import stand_in  # noqa: E402
 from tests.stores.redis_kit import RedisServer  # noqa: E402
 from tests.stores.servers import postgres_url  # noqa: E402
 
@@ -376,8 +380,51 @@ def bench_sizes(what: str, url: str, fill: Callable[[str, str, int], None]) -> b
     return all(right)
 
 
+# ── stores whose servers are only stood in for: how fast those are would say nothing ──
+
+
+class CountedDynamo(DynamoStore):
+    """Counts what its callers ask; counts of duplicates are written in the background."""
+
+    asked = 0
+
+    def _do(self, operation: str, **values: Any) -> dict[str, Any]:
+        self.asked += threading.current_thread() is threading.main_thread()
+        return super()._do(operation, **values)
+
+
+class CountedMongo(MongoStore):
+    """Likewise."""
+
+    asked = 0
+
+    def _opened(self) -> Any:
+        self.asked += threading.current_thread() is threading.main_thread()
+        return super()._opened()
+
+
+def bench_round_trips(what: str, kind: type[CountedDynamo | CountedMongo], url: str) -> bool:
+    """What a call costs, and a duplicate in the process that made it and in another; whether it ran once."""
+    stores = [kind(url, namespace="bench") for _ in range(2)]
+    guards = [Guard(store=store, quiet=True) for store in stores]
+    found: list[int] = []
+    for guard, store in zip(guards, stores, strict=True):
+        guard.defaults(replay=True)
+        guard(charge, f"the first of {len(found)}")
+        for _ in range(2):
+            store.asked = 0
+            guard(charge, "one")
+            found.append(store.asked)
+    executed, known, other, _ = found
+    print(
+        f"{what:<13}round trips: executed call {executed} (≤ 2), duplicate {known}, elsewhere {other} (≤ 1)"
+    )
+    guards[1].close()
+    return ran_once(what, guards[0], 3)
+
+
 def main() -> int:
-    """Both servers."""
+    """All of them."""
     url = postgres_url()
     right = bench("PostgreSQL", url, BarePostgres(url))
     right &= bench_sizes("PostgreSQL", url, fill_postgres)
@@ -389,6 +436,8 @@ def main() -> int:
                 right &= bench_sizes("Redis everys", server.url, fill_redis)
         finally:
             server.close()
+    right &= bench_round_trips("DynamoDB", CountedDynamo, dynamo_url())
+    right &= bench_round_trips("MongoDB", CountedMongo, stand_in().url)
     return 0 if right else 1
 
 
