@@ -2496,9 +2496,12 @@ class SqliteStore(Store):
 
     def _refuse_replaced(self, *, looking: bool = False) -> None:
         """A ledger that was deleted or replaced under us is an error, never a reason to start afresh."""
+        identity = self._identity
+        if identity is None:  # another thread closed the store since the caller looked
+            return
         try:
             found = os.stat(self.path)
-            what = "" if (found.st_dev, found.st_ino) == self._identity else "was replaced by another file"
+            what = "" if (found.st_dev, found.st_ino) == identity else "was replaced by another file"
             what = what or ("" if found.st_size else "was emptied")
         except (FileNotFoundError, NotADirectoryError, PermissionError):
             what = "was deleted"

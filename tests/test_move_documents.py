@@ -223,7 +223,7 @@ def test_callers_who_change_sides_run_each_call_once(pair: tuple[str, str], tmp_
     """Four processes hammer 60 keys, are refused at the source and go to the target: one effect each."""
     source, target = places(pair, tmp_path)
     with stage(tmp_path) as here:
-        slowly = HAMMER.replace("0.002", "0.1").replace("0.005", "0.5").replace("240", "60")
+        slowly = HAMMER.replace("0.002", "0.4").replace("0.005", "0.5").replace("240", "60")
         crowd = [start(here, slowly, source, target, number) for number in range(4)]
         assert ["ready"] * 4 == [actor.line() for actor in crowd]
         for actor in crowd:
