@@ -258,6 +258,8 @@ class Move:
         if self.here.role == "leaving":
             self._mark_source("sealed")
             self.tell(f"sealed: no run begins in {self.source.address} any more")
+        else:  # whoever sealed it may have been cut off before the seal held
+            self.source.step(self.here, self.here)
 
     def _calls(self) -> int:
         return sum(sums["actions"] for sums in self.target.store.totals().values())
@@ -275,14 +277,17 @@ class Move:
                 part, page = page[: self.batch], page[self.batch :]
                 self._copy([call for _, call in part], place=part[-1][0])
                 self.steps.step(len(part))
-            if self.steps.done > (self.steps.total or 0) + _CHASED:  # they are made faster than copied
+            is_chased = (
+                self.steps.done > (self.steps.total or 0) + _CHASED
+            )  # they are made faster than copied
+            if is_chased and self.here.role == "leaving":
                 self._seal()
             if is_last:
                 self._write(place=None)
 
     def _copy(self, calls: Sequence[str], **changes: Any) -> None:
         """These calls as they are now, in one step; the next takes as many as memory is meant to hold."""
-        wholes = self.source.fetch(calls)
+        wholes = self.source.fetch(list(dict.fromkeys(calls)))  # a call may be named twice
         self._write(wholes, **changes)
         mean = sum(whole.size for whole in wholes) // len(wholes) + 1
         self.batch = max(1, min(_BYTES // mean, 2 * self.batch, _MOST_CALLS))

@@ -154,7 +154,7 @@ class ServerStore(Store):
 
     async def _reread_async(self, call: str, run: int, owner: str) -> Sequence[Brief]:
         """`_reread` without blocking the event loop."""
-        raise NotImplementedError
+        return await asyncio.get_running_loop().run_in_executor(self.executor, self._reread, call, run, owner)
 
     @property
     def _patience(self) -> float:
@@ -370,7 +370,10 @@ class _Asked:
 
     def _see_to_it(self) -> None:
         if self.gone and self.answer is not None and not isinstance(self.answer, BaseException):
-            self.unwanted(self.answer)
+            try:
+                self.unwanted(self.answer)
+            except Exception as error:  # noqa: BLE001 - nobody waits for it, and others do for this thread
+                ledger._warn(f"what a cancelled task left could not be given back: {error}", error=error)
 
     def tell(self) -> None:
         """In the loop, where futures live."""

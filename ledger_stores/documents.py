@@ -52,7 +52,9 @@ Fields = dict[str, Any]  # of text and whole numbers
 
 def boot_micros() -> int:
     """Microseconds of a clock that nobody steps, and that goes on while the machine sleeps where it can."""
-    return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)) // 1000
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
+    return time.monotonic_ns() // 1000
 
 
 class ServerClock:
@@ -225,6 +227,7 @@ class DocumentStore(ServerStore):
         super()._begin()
         self._gate = threading.Lock()
         self._looked_at = 0
+        self._failed: tuple[int, StoreError | None] = (0, None)
         self._ledger_id = ""
         self._mark: Mark | None = None
         self._time = ServerClock(self.resolution)
@@ -286,12 +289,20 @@ class DocumentStore(ServerStore):
 
     def _look_up(self, *, after: int = 0) -> int:
         """When the ledger's own document was read: later than `after`, and ten seconds ago at most."""
+        asked = boot_micros()
         with self._gate:
             now = boot_micros()
             if self._looked_at > after and now - self._looked_at < self.gate_micros:
                 return self._looked_at
+            failed_at, failure = self._failed
+            if failed_at > asked and failure is not None:  # while this one waited: it need not try too
+                raise StoreError(str(failure)) from failure
             is_new, self._looked_at = not self._looked_at, 0
-            self._learn_about(self.about())
+            try:
+                self._learn_about(self.about())
+            except StoreError as error:
+                self._failed = boot_micros(), error
+                raise
             if is_new:
                 me = ledger._me()
                 self._insert(f"process:{me.id}", {"host": me.host, "pid": me.pid})
@@ -361,9 +372,12 @@ class DocumentStore(ServerStore):
             raise
 
     def _decide(self, op: Op | _Forget) -> Verdict:
+        op = self._lengthened(op)
         name = f"call:{op.call}"
         # a guess saves the reading: nobody made this call, or nobody touched it since I did
-        doc = Document(name) if isinstance(op, Claim) else self._own.get(op.call)
+        doc = Document(name) if isinstance(op, Claim) else None
+        if isinstance(op, _GOES_ON):
+            doc = self._own.get(op.call)
         if self._is_refused(op):
             doc = None
         is_guess = doc is not None
@@ -386,6 +400,14 @@ class DocumentStore(ServerStore):
             time.sleep(random.uniform(0, min(tries, 50) / 1000))  # noqa: S311 - rivals part
         raise StoreError(f"call {op.call}: {_TRIES} other writers came first; nothing was written")
 
+    def _lengthened(self, op: Op | _Forget) -> Op | _Forget:
+        """A lease is counted from a time that may be behind by the resolution: so much is added to it."""
+        if isinstance(op, Claim) and op.lease:
+            return op._replace(lease=op.lease + self.resolution)
+        if isinstance(op, ledger.Renew):
+            return op._replace(claim=op.claim._replace(lease=op.claim.lease + self.resolution))
+        return op
+
     def write(self, doc: Document, after: Document, more: Fields | None = None) -> tuple[bool, Document]:
         """Write a document if it is as it was seen, with fields beside it; whether it is, and what stands."""
         after, moved = self._fitted(after)
@@ -397,6 +419,8 @@ class DocumentStore(ServerStore):
         stands = Document.read(doc.name, found)
         is_written = stands.version == after.version
         gone = _elsewhere_in(doc.rows) - _elsewhere_in(after.rows) if is_written else moved
+        # whoever came next may carry along what this wrote although its answer was lost
+        gone -= _elsewhere_in(stands.rows)
         if gone:
             self._drop_texts(gone)
         return is_written, stands
@@ -516,6 +540,8 @@ class DocumentStore(ServerStore):
             yield from ((name, found[name]) for name in page if name in found)
 
     def _with_texts(self, verdict: Verdict) -> Verdict:
+        if verdict.kind in ("settled", "renewed", "released", "resolved"):
+            return verdict  # who asked knows them
         row, closed = (run and self._whole(run) for run in (verdict.row, verdict.closed))
         return verdict._replace(row=row, closed=closed)
 
@@ -638,6 +664,11 @@ class DocumentStore(ServerStore):
         super().close()
         with self._opening:
             self._looked_at, self._ledger_id = 0, ""
+            # it may be another ledger that is opened next
+            self._own.clear()
+            self._succeeded.clear()
+            self._sums.clear()
+            self._writer = ledger.new_token()
             self._disconnect()
 
     def _disconnect(self) -> None:

@@ -11,7 +11,7 @@ are written once for each call, and that may be a moment behind what another pro
 
 *There is no server clock in a condition.*  The time is taken from the `Date` of the answers, which are
 Amazon's and whole seconds, and counted on from there: a lease may be judged up to a second too late, and
-may be granted a second too short.  The caller's own time of day changes nothing (but Amazon refuses
+is a second longer, so that it is never too short.  The caller's own time of day changes nothing (but Amazon refuses
 requests that are signed more than five minutes off).
 
 *Costs*: an executed call is two writes, and a third for the indexes; a duplicate is one write that is
@@ -117,9 +117,11 @@ class DynamoStore(DocumentStore):
                 config=config,
             )
         except exceptions.NoRegionError as error:
-            raise UsageError(f"{self.url}: which region? Say ?region=…, or set AWS_REGION") from error
+            raise UsageError(f"{self.address}: which region? Say ?region=…, or set AWS_REGION") from error
         except (ValueError, exceptions.BotoCoreError) as error:
-            raise UsageError(f"{self.url} cannot be used: {error}") from error
+            raise UsageError(
+                f"{self.address}: endpoint_url= or region= cannot be used ({type(error).__name__})"
+            ) from error
 
     def _prepare(self, client: Any) -> None:
         """Make the table if it is not there, and wait until it can be used; refuse another's."""
@@ -132,14 +134,14 @@ class DynamoStore(DocumentStore):
                 continue
             if not _is_ours(table):
                 raise StoreError(
-                    f"{self.url}: the table {self.table} has other keys or indexes than a ledger; nothing was "
+                    f"{self.address}: the table {self.table} has other keys or indexes than a ledger; nothing was "
                     "written. Name another table; it is made on first use"
                 )
             states = [table["TableStatus"], *(i["IndexStatus"] for i in table["GlobalSecondaryIndexes"])]
             if set(states) <= {"ACTIVE", "UPDATING"}:
                 return
             if time.monotonic() > limit:
-                raise StoreError(f"{self.url}: the table is {states[0]} and not ready; try again later")
+                raise StoreError(f"{self.address}: the table is {states[0]} and not ready; try again later")
             time.sleep(0.5)
 
     def _create(self, client: Any) -> None:
@@ -168,7 +170,8 @@ class DynamoStore(DocumentStore):
             advice = _ADVICE.get(error.response["Error"]["Code"], "see the message")
         elif isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError)):
             advice = "give credentials, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or in a profile"
-        return StoreError(f"{self.url}: {error}; {advice}")
+        told = re.sub(r"://[^/@\s\"]*@", "://****@", str(error))  # of an endpoint with a password in it
+        return StoreError(f"{self.address}: {told}; {advice}")
 
     def _do(self, operation: str, **values: Any) -> dict[str, Any]:
         """One request; every answer tells the time, also that a condition did not hold (`Failed`)."""
@@ -406,9 +409,14 @@ def _parts_of(url: str) -> tuple[str, dict[str, str]]:
     parts = urlsplit(url)
     options = dict(parse_qsl(parts.query))
     if unknown := sorted(options.keys() - {"region", "endpoint_url"}):
-        raise UsageError(f"{url}: {', '.join(unknown)} is no option; there are region and endpoint_url")
+        raise UsageError(
+            f"dynamodb://…: {', '.join(unknown)} is no option; there are region and endpoint_url"
+        )
     if not re.fullmatch(r"[A-Za-z0-9_.-]{3,255}", parts.netloc) or parts.path not in ("", "/"):
-        raise UsageError(f"{url} names no table; write dynamodb://TABLE?region=…, three signs or more")
+        raise UsageError(  # not shown: what is misplaced may be a key
+            "dynamodb://…: the URL names no table; write dynamodb://TABLE?region=…, with three signs or more; "
+            "keys come from the environment or a profile"
+        )
     return parts.netloc, options
 
 

@@ -228,7 +228,7 @@ class MongoStore(DocumentStore):
             answer = db.firm.aggregate(
                 [
                     {"$match": {"_id": "ledger"}},
-                    {"$project": {"schema": 1, "ledger": 1, "v": 1, "move": 1, "now": "$$NOW"}},
+                    {"$project": {"schema": 1, "ledger": 1, "v": 1, "move": 1, "closed": 1, "now": "$$NOW"}},
                 ]
             )
             found = next(answer, None)

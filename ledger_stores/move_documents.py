@@ -1,9 +1,10 @@
 """A namespace of DynamoDB or MongoDB as one side of a move.
 
 There is no transaction over several documents, so a step writes its calls first and then swaps the mark,
-and all that it writes can be written again.  A mover that was paused in a step, and given up, cannot
-bring back what it held: each call is swapped on the version that it read, and whoever took over has
-written that step anew.
+and all that it writes can be written again.  A mover that was paused in a step, and given up, overwrites
+no call: each is swapped on the version that it read, and whoever took over has written that step anew.
+What it can still bring is a call that was reset at the source meanwhile, which is then blocked as done,
+and an older count of an unlimited tool.
 
 A process looks at the mark every ten seconds, so a step that closes the ledger ends when the last look
 that found it open no longer holds.  A claim that is written later than its look allows is given back
@@ -57,7 +58,14 @@ class DocumentSide(Side):
 
     def is_empty(self) -> bool:
         """Whether it holds neither a call nor a tally."""
-        return next(self.store.calls(), None) is None
+        return not any(doc.rows for doc in self._docs()) and next(self.store.calls(), None) is None
+
+    def _docs(self) -> Iterator[Document]:
+        """The documents of all calls, also of those that a list lacks."""
+        names = (name for _, name in self._names("", None) if name.startswith("call:"))
+        while page := list(islice(names, _PAGE)):
+            found = self.store._find(list(dict.fromkeys(page)))
+            yield from (Document.read(name, fields) for name, fields in found.items())
 
     def mark(self) -> Mark | None:
         """How it stands in a move; None where it is in none."""
@@ -100,7 +108,7 @@ class DocumentSide(Side):
                 record.error, record.created, record.touched,
             )  # fmt: skip
         owners = sorted({run.owner.partition(".")[0] for run in rows})
-        found = self.store._find([f"process:{name}" for name in owners]) if owners else {}
+        found = self._found("process", owners)
         processes = [
             (name, about["host"], about["pid"], "", "", "")  # it is not known how long such a process lives
             for name in owners
@@ -110,17 +118,15 @@ class DocumentSide(Side):
 
     def open_calls(self) -> list[str]:
         """The calls that have a RUNNING row; once the ledger is closed they can only become fewer."""
+        mark = self.mark()
         if self._open is None:
-            mark = self.mark()
-            self._open = [
-                rows[-1].call for _, rows in self.store.calls() if rows and rows[-1].status == "running"
-            ]
-            if mark is None or not mark.refusal:
-                found, self._open = self._open, None
-                return found
-        docs = [Document.read(name, fields) for name, fields in self._found("call", self._open).items()]
-        self._open = [doc.rows[-1].call for doc in docs if doc.rows and doc.rows[-1].status == "running"]
-        return [*self._open]
+            docs = self._docs()
+        else:
+            docs = (Document.read(name, fields) for name, fields in self._found("call", self._open).items())
+        found = [doc.rows[-1].call for doc in docs if doc.rows and doc.rows[-1].status == "running"]
+        if mark is not None and mark.refusal:
+            self._open = found
+        return [*found]
 
     def entries(self, after: int, limit: int) -> list[Entry]:
         """None: each call keeps its own."""
@@ -136,15 +142,24 @@ class DocumentSide(Side):
         self, was: Mark | None, now: Mark, calls: Sequence[Whole] = (), entries: Sequence[Entry] = ()
     ) -> None:
         """Make these calls what they are there, tell their events, then set the mark; all can be repeated."""
+        self._hold(was)
         if must_step(self.mark(), was, now, self.address):
             self._put_all(calls, was)
             self._tell(entries, was)
             self._set_mark(was, now)
-        if _closes(now) and _closes(now) != _closes(was):
+        self._hold(now)
+
+    def _hold(self, mark: Mark | None) -> None:
+        """Wait until what a mark closes is closed for all, once for each move, whoever set it."""
+        if mark is None or not _closes(mark):
+            return
+        held = f"{_closes(mark)} {mark.id}"
+        while (about := self.store.about()).get("closed") != held:
             time.sleep(self.store.gate_micros * 1.1 / 1e6)  # until nobody goes by an older look
-            if was is None and now.role == "receiving" and not self.is_empty():
-                self.unmark(now)
+            if mark.role == "receiving" and not self.is_empty():  # nothing is copied before this holds
+                self.unmark(mark)
                 raise refuse_full(self.address)
+            self.store._swap("ledger", about["v"], {"v": ledger.new_token(), "closed": held})
 
     def unmark(self, was: Mark) -> None:
         """Take the mark away, and with it all that it closes."""

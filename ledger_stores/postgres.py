@@ -73,6 +73,7 @@ class PostgresStore(ServerStore):
         super()._begin()
         self._connections: _Connections | None = None
         self._prepares = True
+        self._is_lax = False  # the account's own setting waits for no disk
         self._executor: ThreadPoolExecutor | None = None
         self._together = Together(self._still_done)
         self._listening: _Connection | None = None
@@ -138,17 +139,51 @@ class PostgresStore(ServerStore):
                     db.execute(f"CREATE SCHEMA IF NOT EXISTS {ns}")
                     source = resources.files("ledger_stores").joinpath("postgres.sql").read_text("utf-8")
                     db.execute(source.replace(":ns", ns))
-        row = db.execute(f"SELECT value FROM {ns}.meta WHERE name = 'schema'").fetchone()
+        row = db.execute(
+            f"SELECT value, current_setting('transaction_isolation'), current_setting('synchronous_commit')"
+            f" FROM {ns}.meta WHERE name = 'schema'"
+        ).fetchone()
+        if row and row[1] != "read committed":
+            raise StoreError(
+                f"{without_password(self.url)}: transactions of this account are {row[1]}, in which a claim "
+                "decides on what was there before it waited; nothing ran. ALTER ROLE … SET "
+                "default_transaction_isolation = 'read committed'"
+            )
+        self._is_lax = bool(row and row[2] == "off")
         version = int(row[0]) if row else 0
         if version > _SCHEMA_VERSION:
             raise StoreError(
                 f"{without_password(self.url)}: schema {ns} was written by a newer Ledger (version {version}, "
                 f"this one knows {_SCHEMA_VERSION}); nothing ran. Upgrade ledger-guard here"
             )
+        self._renumber_restored(db)
         me = ledger._me()
         db.execute(
             f"INSERT INTO {ns}.processes VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING", tuple(me)
         )
+
+    def _renumber_restored(self, db: psycopg.Connection[Any]) -> None:
+        """Give events that were restored from another cluster numbers that come before this one's."""
+        ns = self.namespace
+        ahead = (
+            "SELECT COALESCE(MAX(seq), 0) > pg_snapshot_xmax(pg_current_snapshot())::text::bigint * 4096"
+            f" FROM {ns}.events"
+        )
+        if not self._says(db, ahead):
+            return
+        with db.transaction():
+            db.execute(f"LOCK TABLE {ns}.events")
+            if self._says(db, ahead):
+                # in two steps, because a new number may be another's old one until that is changed too
+                db.execute(
+                    f"UPDATE {ns}.events AS e SET seq = -place FROM (SELECT seq, row_number() OVER (ORDER BY seq) AS place"
+                    f" FROM {ns}.events) AS numbered WHERE e.seq = numbered.seq"
+                )
+                db.execute(f"UPDATE {ns}.events SET seq = -seq")
+
+    def _says(self, db: psycopg.Connection[Any], question: str) -> bool:
+        found = db.execute(question).fetchone()
+        return bool(found and found[0])
 
     def _is_made(self, db: psycopg.Connection[Any]) -> bool:
         # the catalogue itself: to_regclass answers from a cache that may be older than the lock
@@ -211,17 +246,23 @@ class PostgresStore(ServerStore):
         The driver's cursors would cost a duplicate more than all the rest of it.
         """
         statement = _statement(sql, self.namespace)
-        return self._insist(self._first_row, statement, [_packed(v) for v in values])
+        return self._insist(self._first_row, statement, values)
 
     def _first_row(
-        self, db: _Connection, statement: _Statement, values: Sequence[bytes | None]
+        self, db: _Connection, statement: _Statement, values: Sequence[object]
     ) -> list[bytes | None]:
-        return db.first_row(statement, values, prepares=self._prepares)
+        return db.first_row(statement, [_packed(v) for v in values], prepares=self._prepares)
+
+    def _lasting(self, durable: object) -> str:
+        """What ends a statement that waits for the server's disk, and one that does not."""
+        if durable:
+            return ", set_config('synchronous_commit', 'on', true)" if self._is_lax else ""
+        return ", set_config('synchronous_commit', 'off', true)"
 
     def _call(self, name: str, *values: Any, durable: bool = True) -> Verdict:
         """The verdict of one of the functions."""
         marks = ", ".join(f"${n + 1}" for n in range(len(values)))
-        found = self._ask_often(f"SELECT :ns.{name}({marks})" + _unless(durable), *values)
+        found = self._ask_often(f"SELECT :ns.{name}({marks})" + self._lasting(durable), *values)
         return verdict_from(json.loads(found[0] or b""))
 
     # -- operations --
@@ -230,7 +271,7 @@ class PostgresStore(ServerStore):
         if isinstance(op, ledger.Claim):
             return self._claim(op)
         if isinstance(op, ledger.Settle):
-            found = self._ask_often(_SETTLE + _unless(self.sync == "full"), *_settle_values(op))
+            found = self._ask_often(_SETTLE + self._lasting(self.sync == "full"), *_settle_values(op))
             return verdict_from(json.loads(found[0])) if found[0] else Verdict("settled")
         if isinstance(op, ledger.Renew):
             return self._call("renew", op.call, op.run, op.claim.token, op.claim.lease, durable=False)
@@ -243,7 +284,7 @@ class PostgresStore(ServerStore):
     def _claim(self, op: ledger.Claim) -> Verdict:
         seen = op.not_done or (None, None)
         started, told = self._ask_often(
-            _CLAIM + _unless(self.sync != "off"),
+            _CLAIM + self._lasting(self.sync != "off"),
             op.call, op.token, op.tool, op.wf, op.caller, op.key, op.args, op.matched, op.max, op.ttl,
             op.lease, op.on_doubt, int(op.forced), *seen,
         )[:2]  # fmt: skip
@@ -263,7 +304,7 @@ class PostgresStore(ServerStore):
     def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
         items = json.dumps([[_clean(v) for v in item] for item in sums])
         self._ask_often(
-            "SELECT :ns.count($1, $2, $3)" + _unless(durable=False), self._writer, self._batch, items
+            "SELECT :ns.count($1, $2, $3)" + self._lasting(durable=False), self._writer, self._batch, items
         )
 
     def reset(self, wf: str | None, asked: int, *, force: bool = False, why: str = "") -> None:
@@ -608,11 +649,6 @@ class _Connections:
 
 def _settle_values(op: ledger.Settle) -> tuple[Any, ...]:
     return op.call, op.run, op.claim.token, op.status, op.result, op.error, op.trace
-
-
-def _unless(durable: object) -> str:
-    """What ends a statement that does not wait for the server's disk."""
-    return "" if durable else ", set_config('synchronous_commit', 'off', true)"
 
 
 def _is_broken(error: Exception) -> bool:

@@ -218,7 +218,7 @@ class RedisStore(ServerStore):
         if reply == b"replaced":
             raise self._replaced()
         if isinstance(reply, list) and reply[:1] == [b"closed"]:
-            raise StoreError(f"{without_password(self.url)}: {_text(reply[1])}")
+            raise self._closed(reply)
         if have < replicas:
             raise StoreError(
                 f"{without_password(self.url)}: {have} of {replicas} replicas have what was written; it "
@@ -269,6 +269,10 @@ class RedisStore(ServerStore):
                 [found[n]] = _exchange(connection, [self._eval(name, self._id, *rest)])
         return found
 
+    def _closed(self, reply: list[bytes]) -> StoreError:
+        """The error for a ledger that is closed for a move."""
+        return StoreError(f"{without_password(self.url)}: {_text(reply[1])}")
+
     def _answer_all(self, connection: Any, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Operations, and reads (their first word is in capitals), in as few round trips as can be."""
         found: list[Any] = [None] * len(asked)
@@ -286,6 +290,8 @@ class RedisStore(ServerStore):
                 found[n] = self._translated(reply) if isinstance(reply, Exception) else reply
                 if reply == b"replaced":
                     found[n] = self._replaced()
+                elif not reads and isinstance(reply, list) and reply[:1] == [b"closed"]:
+                    found[n] = self._closed(reply)
         return found
 
     def _look(self, *commands: tuple[Any, ...]) -> list[Any]:

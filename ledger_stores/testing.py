@@ -12,6 +12,7 @@ silence.  Needs pytest.  A store on a server, whose own clock decides leases, ov
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import multiprocessing
@@ -624,6 +625,22 @@ class StoreConformance:
         assert (len(runs), first.kind, second.kind) == (1, "executed", "replayed")
         assert value == second.value
         assert type(value) is type(second.value)
+
+    def test_a_task_gets_what_the_first_one_recorded(self, store: Store) -> None:
+        """An async duplicate, of a call that this process made, is replayed like any other."""
+        guard = Guard(store=store, quiet=True)
+        guard.defaults(replay=True)
+        runs: list[int] = []
+
+        async def tool(number: int) -> int:
+            runs.append(number)
+            return number
+
+        async def ask() -> list[str]:
+            return [(await guard.call(tool, 7)).kind for _ in range(3)]
+
+        assert ["executed", "replayed", "replayed"] == asyncio.run(ask())
+        assert [7] == runs
 
     # ── races ─────────────────────────────────────────────────────────────────────────
 

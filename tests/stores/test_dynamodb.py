@@ -235,6 +235,58 @@ def test_a_workflow_is_listed_by_itself_and_in_order(store: DynamoStore) -> None
     assert [f"c{n}" for n in range(1, 30, 2)] == [record.call for record, _ in store.calls(wf="odd")]
 
 
+def test_a_lease_is_longer_by_what_the_clock_may_be_behind(store: DynamoStore) -> None:
+    """So that an owner with a short timeout is not given up while it renews."""
+    run = granted(store, lease=SECOND)
+
+    assert 2 * SECOND == run.lease - run.started
+    assert "live" == store.transact(claim()).kind
+
+
+class Lossy(DynamoStore):
+    """The answer to a change is lost, somebody else comes, and the driver sends it once more."""
+
+    meddle: Any = None
+
+    def _swap(self, name: str, version: str, fields: Any) -> Any:
+        found = super()._swap(name, version, fields)
+        meddle, self.meddle = self.meddle, None
+        if meddle is None:
+            return found
+        meddle()
+        return super()._swap(name, version, fields)
+
+
+def test_a_long_result_outlives_the_answer_that_told_of_it(store: DynamoStore) -> None:
+    """It was written although that is not known, and who came next carries it along."""
+    mine = Lossy(store.url, namespace=store.namespace)
+    run = granted(mine, max=2)
+    mine.meddle = lambda: granted(store, max=2)
+
+    assert "settled" == mine.transact(settle(run, result="x" * 500_000)).kind
+    assert [500_000, None] == [row.result and len(row.result) for row in store.rows("c")]
+    mine.close()
+
+
+def test_a_ledger_that_is_opened_anew_counts_anew(store: DynamoStore) -> None:
+    """What was counted of one that was emptied since does not come back."""
+    asked = claim()
+    granted(store)
+    for _ in range(3):
+        store.count("blocked", asked, 1)
+    store.flush()
+    for item in table().scan()["Items"]:
+        if item["id"].startswith(f"{store.namespace}:"):
+            table().delete_item(Key={"id": item["id"]})
+    store.close()
+
+    granted(store)
+    store.count("blocked", asked, 1)
+    store.flush()
+
+    assert 1 == blocked(store)
+
+
 # ── many callers ──────────────────────────────────────────────────────────────────────
 
 
@@ -320,6 +372,22 @@ def test_twenty_processes_open_a_new_table_at_once() -> None:
 def charge() -> None:
     """A tool that must not run."""
     raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "dynamodb://AKIA:SeCrEt@orders?region=eu-central-1",
+        "dynamodb://orders?region=eu-central-1&aws_secret_access_key=SeCrEt",
+        elsewhere("http://me:SeCrEt@127.0.0.1:1"),
+    ],
+)
+def test_a_secret_in_a_url_is_not_shown(url: str) -> None:
+    """Wherever it was put: keys have no place there."""
+    with pytest.raises((UsageError, StoreError)) as told:
+        Guard(url, quiet=True)(charge)
+
+    assert "SeCrEt" not in str(told.value)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ LOOK: Doc = {
     "aggregate": "shop",
     "pipeline": [
         {"$match": {"_id": "ledger"}},
-        {"$project": {"schema": 1, "ledger": 1, "v": 1, "move": 1, "now": "$$NOW"}},
+        {"$project": {"schema": 1, "ledger": 1, "v": 1, "move": 1, "closed": 1, "now": "$$NOW"}},
     ],
     "cursor": {},
     "readConcern": {"level": "majority"},

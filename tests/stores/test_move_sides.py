@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,9 +16,11 @@ import pytest
 import ledger
 from ledger import SqliteStore, StoreError, UsageError
 from ledger_stores.base import ServerStore
+from ledger_stores.documents import DocumentStore
 from ledger_stores.dynamodb import DynamoStore
 from ledger_stores.mongodb import MongoStore
 from ledger_stores.move import Mark, Side, Whole, side_of
+from ledger_stores.move_documents import DocumentSide
 from ledger_stores.postgres import PostgresStore
 from ledger_stores.redis import RedisStore
 from ledger_stores.testing import claim, granted, in_parallel, release, renew, reset, resolve, settle
@@ -394,3 +397,72 @@ def test_redis_takes_a_call_with_holes(tmp_path: Path) -> None:
     assert {} == target.store.totals()
     for one in (side, target):
         one.store.close()
+
+
+def test_a_task_is_told_that_a_ledger_was_moved(side: Side) -> None:
+    """Also one that was cancelled does not keep others from their answers."""
+    store = side.store
+    store.transact(settle(granted(store)))
+    seal(side)
+
+    async def ask() -> str:
+        with pytest.raises(StoreError, match="this ledger was moved to there"):
+            await store.transact_async(claim("new"))
+        gone = asyncio.ensure_future(store.transact_async(claim("new")))
+        await asyncio.sleep(0)
+        gone.cancel()
+        with suppress(asyncio.CancelledError, StoreError):
+            await gone
+        return (await store.transact_async(claim())).kind
+
+    assert "done" == asyncio.run(ask())
+
+
+class Behind(HastyDynamo):
+    """The store on a table whose indexes have not heard of anything yet."""
+
+    def _indexed(self, kind: str, scope: str | None, after: str) -> Iterator[tuple[str, str]]:  # noqa: ARG002 - whatever is asked for
+        return iter(())
+
+
+def test_a_dynamo_side_trusts_no_index(tmp_path: Path) -> None:
+    """A call that the lists lack is open, and the ledger is not empty."""
+    store = made("dynamodb", tmp_path)
+    assert isinstance(store, DynamoStore)
+    granted(store)
+    behind = side_of(Behind(store.url, namespace=store.namespace))
+
+    assert (["c"], False) == (behind.open_calls(), behind.is_empty())
+    for one in (store, behind.store):
+        one.close()
+
+
+@pytest.mark.parametrize("kind", ["dynamodb", "mongodb"])
+def test_a_seal_that_was_cut_off_is_waited_for_by_the_next(kind: str, tmp_path: Path) -> None:
+    """Whoever looked before the seal may begin runs for a while: no mover goes on before that is over."""
+    store = made(kind, tmp_path)
+    assert isinstance(store, DocumentStore)
+    late = type(store)(store.url, namespace=store.namespace)
+    side = DocumentSide(store)
+    side.step(None, LEAVING)
+    late.check()
+    side._set_mark(LEAVING, SEALED)  # and then it was killed
+
+    side_of(store).step(SEALED, SEALED)
+
+    with pytest.raises(StoreError, match="this ledger was moved to there"):
+        late.transact(claim())
+    for one in (store, late):
+        one.close()
+
+
+def test_a_call_of_more_processes_than_one_request_names_is_fetched(tmp_path: Path) -> None:
+    """As from a timer that starts a program each time."""
+    store = made("dynamodb", tmp_path)
+    for number in range(101):
+        store.transact(settle(granted(store, token=f"p{number}.1"), "failed"))
+
+    [whole] = side_of(store).fetch(["c"])
+
+    assert 101 == len(whole.rows)
+    store.close()

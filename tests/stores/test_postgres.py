@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psycopg
 import pytest
@@ -519,4 +520,76 @@ def test_a_statement_that_is_interrupted_harms_no_later_one(namespace: str) -> N
 
     assert "granted" == store.transact(claim("d")).kind
     assert "settled" == store.transact(settle(store.rows("d")[0])).kind
+    store.close()
+
+
+# ── how the server is set up ──────────────────────────────────────────────────────────
+
+
+def with_setting(setting: str) -> str:
+    """The URL of the tests' server for an account with that setting."""
+    url = postgres_url()
+    return f"{url}{'&' if '?' in url else '?'}options={quote('-c ' + setting, safe='')}"
+
+
+def test_transactions_that_see_the_past_are_refused(namespace: str) -> None:
+    """Under REPEATABLE READ a claim that waited would decide on what was there before."""
+    store = PostgresStore(
+        with_setting(r"default_transaction_isolation=repeatable\ read"), namespace=namespace
+    )
+    with pytest.raises(StoreError, match=r"are repeatable read, .*nothing ran\. ALTER ROLE"):
+        store.transact(claim())
+    store.close()
+
+
+def test_a_claim_waits_for_the_disk_whatever_the_account_says(namespace: str) -> None:
+    """`sync="full"` asks for it where the setting is off."""
+    store = PostgresStore(with_setting("synchronous_commit=off"), namespace=namespace)
+    store.check()
+    with psycopg.connect(postgres_url(), autocommit=True) as db:
+        db.execute(f"CREATE TABLE {namespace}.seen (setting text)")
+        db.execute(
+            f"CREATE FUNCTION {namespace}.see() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO"
+            f" {namespace}.seen VALUES (current_setting('synchronous_commit')); RETURN NULL; END $$"
+        )
+        db.execute(
+            f"CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT OR UPDATE ON {namespace}.runs DEFERRABLE"
+            f" INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION {namespace}.see()"
+        )
+        run = store.transact(claim()).row
+        assert run is not None
+        store.transact(settle(run))
+
+        assert [("on",), ("on",)] == db.execute(f"SELECT setting FROM {namespace}.seen").fetchall()
+    store.close()
+
+
+def test_a_ledger_that_was_restored_into_a_younger_cluster_works(namespace: str) -> None:
+    """Its events get numbers that this cluster's transactions do not reach again, in their order."""
+    store = PostgresStore(postgres_url(), namespace=namespace)
+    for number in range(3):
+        run = store.transact(claim(f"c{number}")).row
+        assert run is not None
+        store.transact(settle(run))
+    before = [(e["call"], e["kind"]) for e in store.events()]
+    store.close()
+    with psycopg.connect(postgres_url(), autocommit=True) as db:
+        db.execute(f"UPDATE {namespace}.events SET seq = seq + 1000000000000")
+
+    run = store.transact(claim("new")).row
+
+    assert run is not None
+    assert "settled" == store.transact(settle(run)).kind
+    assert [*before, ("new", "claimed"), ("new", "success")] == [
+        (e["call"], e["kind"]) for e in store.events()
+    ]
+    store.close()
+
+
+def test_text_that_is_none_is_an_error_of_the_ledger(namespace: str) -> None:
+    """Half a surrogate cannot be stored, and nothing is."""
+    store = PostgresStore(postgres_url(), namespace=namespace)
+    with pytest.raises(StoreError, match="nothing was written"):
+        store.transact(claim(wf="\ud800"))
+    assert [] == store.rows("c")
     store.close()
