@@ -95,6 +95,7 @@ class ServerStore(Store):
         """What a process starts with, and a forked child starts anew: connections are not inherited."""
         self._pid = os.getpid()
         self._opening = threading.RLock()
+        self._failed: tuple[float, ledger.StoreError | None] = (0.0, None)
         self._counts: deque[Count] = deque()
         self._in_flight: list[Count] = []
         self._counting = threading.RLock()
@@ -104,6 +105,20 @@ class ServerStore(Store):
         self._succeeded: dict[str, tuple[int, str]] = {}
         self._offset = 0.0
         self._offset_at = 0.0
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Only one opens; if it fails, those who waited behind it fail too, and do not try one after the other."""
+        asked = time.monotonic()
+        with self._opening:
+            failed_at, failure = self._failed
+            if failure is not None and failed_at > asked:
+                raise ledger.StoreError(str(failure)) from failure
+            try:
+                yield
+            except ledger.StoreError as error:
+                self._failed = time.monotonic(), error
+                raise
 
     # -- operations --
 

@@ -225,9 +225,7 @@ class DocumentStore(ServerStore):
 
     def _begin(self) -> None:
         super()._begin()
-        self._gate = threading.Lock()
         self._looked_at = 0
-        self._failed: tuple[int, StoreError | None] = (0, None)
         self._ledger_id = ""
         self._mark: Mark | None = None
         self._time = ServerClock(self.resolution)
@@ -289,20 +287,12 @@ class DocumentStore(ServerStore):
 
     def _look_up(self, *, after: int = 0) -> int:
         """When the ledger's own document was read: later than `after`, and ten seconds ago at most."""
-        asked = boot_micros()
-        with self._gate:
+        with self._one_at_a_time():
             now = boot_micros()
             if self._looked_at > after and now - self._looked_at < self.gate_micros:
                 return self._looked_at
-            failed_at, failure = self._failed
-            if failed_at > asked and failure is not None:  # while this one waited: it need not try too
-                raise StoreError(str(failure)) from failure
             is_new, self._looked_at = not self._looked_at, 0
-            try:
-                self._learn_about(self.about())
-            except StoreError as error:
-                self._failed = boot_micros(), error
-                raise
+            self._learn_about(self.about())
             if is_new:
                 me = ledger._me()
                 self._insert(f"process:{me.id}", {"host": me.host, "pid": me.pid})

@@ -3,7 +3,8 @@
 Durable as the server's `synchronous_commit` makes it: `on`, the default of PostgreSQL and asked for by
 `sync="full"`, survives a killed server and a power cut of it; a fail-over loses what the standby does
 not have unless the server waits for it (`synchronous_standby_names`).  `sync="claim"` waits for the
-claim alone, `sync="off"` for neither.
+claim alone, `sync="off"` for neither.  An account whose transactions are not READ COMMITTED is refused:
+a claim that waited would decide on what was there before.
 
 Each operation is one statement, one round trip, in a transaction of its own; nothing is kept in a
 session, so a transaction pooler may stand between.  Leases go by the server's clock.  An operation
@@ -83,7 +84,7 @@ class PostgresStore(ServerStore):
     def _opened(self) -> _Connections:
         connections = self._connections
         if connections is None:
-            with self._opening:
+            with self._one_at_a_time():
                 connections = self._connections or self._open()
                 self._connections = connections
         return connections

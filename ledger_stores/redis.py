@@ -127,7 +127,7 @@ class RedisStore(ServerStore):
     def _opened(self) -> _Connections:
         connections = self._connections
         if connections is None:
-            with self._opening:
+            with self._one_at_a_time():
                 connections = self._connections or self._open()
                 self._connections = connections
         return connections
