@@ -120,6 +120,8 @@ class StoreError(LedgerError):
 
     #: the store has no room left: something can be given up
     full: bool = False
+    #: what was to be written can never be, however often it is tried
+    refused: bool = False
 
 
 class InProgress(LedgerError):

@@ -98,6 +98,7 @@ class ServerStore(Store):
         self._failed: tuple[float, ledger.StoreError | None] = (0.0, None)
         self._counts: deque[Count] = deque()
         self._in_flight: list[Count] = []
+        self._alone = False  # what is in flight is written one by one
         self._counting = threading.RLock()
         self._writer, self._batch = ledger.new_token(), 0
         self._watcher = _Watcher(self)
@@ -193,8 +194,36 @@ class ServerStore(Store):
                     self._batch += 1
                     while self._counts and len(self._in_flight) < _COUNTS:
                         self._in_flight.append(self._counts.popleft())
-                self._write_counts(_summed(self._in_flight))
-                self._in_flight.clear()
+                if self._alone or not self._write_together():
+                    self._write_alone()
+
+    def _write_together(self) -> bool:
+        """Write what is in flight as one batch; False if the server will never take it."""
+        try:
+            self._write_counts(_summed(self._in_flight))
+        except ledger.StoreError as error:
+            if not error.refused:
+                raise
+            return False
+        self._in_flight.clear()
+        return True
+
+    def _write_alone(self) -> None:
+        """Write what is in flight one by one, and give up what can never be written: it must not hold up the rest."""
+        self._alone = True
+        while self._in_flight:
+            count = self._in_flight[0]
+            try:
+                self._write_counts(_summed([count]))
+            except ledger.StoreError as error:
+                if not error.refused:
+                    raise
+                ledger._warn(
+                    f"an attempt at {ledger._short(count[3])} (call {count[0]}) is not counted: {error}"
+                )
+            del self._in_flight[0]
+            self._batch += 1
+        self._alone = False
 
     def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
         """Write batch number `_batch` of `_writer`, unless it is written already."""

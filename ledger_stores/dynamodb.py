@@ -165,13 +165,16 @@ class DynamoStore(DocumentStore):
             return  # somebody else makes it
 
     def _translated(self, error: Exception) -> StoreError:
-        advice = "see that the endpoint answers and can be reached"
+        advice, code = "see that the endpoint answers and can be reached", ""
         if isinstance(error, exceptions.ClientError):
-            advice = _ADVICE.get(error.response["Error"]["Code"], "see the message")
+            code = error.response["Error"]["Code"]
+            advice = _ADVICE.get(code, "see the message")
         elif isinstance(error, (exceptions.NoCredentialsError, exceptions.PartialCredentialsError)):
             advice = "give credentials, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or in a profile"
         told = re.sub(r"://[^/@\s\"]*@", "://****@", str(error))  # of an endpoint with a password in it
-        return StoreError(f"{self.address}: {told}; {advice}")
+        found = StoreError(f"{self.address}: {told}; {advice}")
+        found.refused = code == "ValidationException"
+        return found
 
     def _do(self, operation: str, **values: Any) -> dict[str, Any]:
         """One request; every answer tells the time, also that a condition did not hold (`Failed`)."""

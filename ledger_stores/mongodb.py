@@ -203,6 +203,7 @@ class MongoStore(DocumentStore):
         name = " ".join(map(str, filter(None, (type(error).__name__, code, details.get("codeName")))))
         told = StoreError(f"{self.address}: {what.format(self._patience)} ({name}); {advice}")
         told.full = code == _DISK_IS_FULL
+        told.refused = isinstance(error, (errors.DocumentTooLarge, BSONError))
         return told
 
     # -- documents --

@@ -205,6 +205,7 @@ class PostgresStore(ServerStore):
             advice = "see the server's log"
         told = StoreError(f"{where}: {what}; {advice}")
         told.full = getattr(error, "sqlstate", None) == "53100"
+        told.refused = isinstance(error, psycopg.DataError)
         return told
 
     def _insist(self, perform: Callable[..., T], *values: Any) -> T:
@@ -231,7 +232,9 @@ class PostgresStore(ServerStore):
             except psycopg.Error as error:
                 raise self._translated(error) from error
             except UnicodeEncodeError as error:
-                raise StoreError(f"{without_password(self.url)}: {error}; nothing was written") from error
+                told = StoreError(f"{without_password(self.url)}: {error}; nothing was written")
+                told.refused = True
+                raise told from error
 
     def _ask(self, sql: str, values: Sequence[Any] | dict[str, Any] = ()) -> list[Row]:
         """All rows of one statement: one round trip, in a transaction of its own.

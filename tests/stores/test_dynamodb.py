@@ -226,6 +226,21 @@ def test_counts_of_a_batch_that_is_written_twice_count_once(store: DynamoStore) 
     assert 1 == blocked(store)
 
 
+def test_a_count_that_cannot_be_written_holds_up_no_other(
+    store: DynamoStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An unlimited tool with half a megabyte of arguments: its call is not counted, and that is said."""
+    granted(store)
+    store.count("ran", claim("large", args="x" * 500_000), 0)
+    for _ in range(3):
+        store.count("blocked", claim(), 1)
+    store.flush()
+
+    assert 3 == blocked(store)
+    assert "(call large) is not counted" in caplog.text
+    assert store.look("large") is None
+
+
 def test_a_workflow_is_listed_by_itself_and_in_order(store: DynamoStore) -> None:
     """Calls come oldest first, whatever part of the index they are in."""
     for number in range(30):

@@ -586,6 +586,23 @@ def test_a_ledger_that_was_restored_into_a_younger_cluster_works(namespace: str)
     store.close()
 
 
+def test_a_count_that_cannot_be_written_holds_up_no_other(
+    namespace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A workflow that is no text: its unlimited call is not counted, which is said; each other is, once."""
+    store = PostgresStore(postgres_url(), namespace=namespace)
+    store.transact(claim())
+    for asked in (claim(), claim("bad", wf="\ud800"), claim()):
+        store.count("ran" if asked.call == "bad" else "blocked", asked, 1)
+    store.flush()
+    store.count("blocked", claim(), 1)
+    store.flush()
+
+    assert [3] == [record.blocked for record, _ in store.calls()]
+    assert "(call bad) is not counted" in caplog.text
+    store.close()
+
+
 def test_text_that_is_none_is_an_error_of_the_ledger(namespace: str) -> None:
     """Half a surrogate cannot be stored, and nothing is."""
     store = PostgresStore(postgres_url(), namespace=namespace)
