@@ -161,7 +161,13 @@ class Move:
         """
         here, there = self.source.mark(), self.target.mark()
         ours = here is not None and there is not None and here.id == there.id
-        if here is None or here.role not in ("leaving", *SEALED):
+        # the source may have gone to another place since the move to this one was cut off
+        is_elsewhere = here is not None and here.peer != self.target.address
+        if (
+            here is None
+            or here.role not in ("leaving", *SEALED)
+            or (is_elsewhere and self._is_half_begun(there))
+        ):
             self._cancel_before_it_began(there)
             return Moved("cancelled")
         if here.role == "moved" or (ours and there is not None and there.role == "arrived"):
@@ -182,10 +188,11 @@ class Move:
             raise UsageError(f"{self.source.address} is not being moved; there is nothing to cancel")
         self._erase(there)
 
-    def _is_half_begun(self, there: Mark) -> bool:
+    def _is_half_begun(self, there: Mark | None) -> bool:
         """Whether a mover of this source closed the target and came no further."""
-        begun = there.role == "receiving" and there.peer == self.source.address
-        return begun and there.place == "" and self.target.is_empty()
+        if there is None or there.role != "receiving" or there.peer != self.source.address:
+            return False
+        return there.place == "" and self.target.is_empty()
 
     def _erase(self, there: Mark) -> None:
         """Stop whoever writes to the target, and take away what it received."""

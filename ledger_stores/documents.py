@@ -461,10 +461,11 @@ class DocumentStore(ServerStore):
         Raises `InProgress` while one runs, and then none is forgotten; a run that begins meanwhile is
         spared.  `force` forgets what runs too, and it may then run beside itself.
         """
-        if self._is_refused(_Forget("", asked, force, why)):
-            self._refuse(_Forget("", asked, force, why))
-        self.flush()
         asked = self._by_server(asked)
+        everything = _Forget("", asked, force, why)
+        if self._is_refused(everything):
+            self._refuse(everything)
+        self.flush()
         if not force:
             for doc in self._documents(wf):
                 if doc.rows and doc.rows[-1].status == "running" and not self.is_over(doc.rows[-1]):
@@ -475,6 +476,7 @@ class DocumentStore(ServerStore):
             # not removed: each writer goes on from its own number, and would bring the old counts back
             sums = {f"forgotten_{kind}": sum_of(kind, fields) for kind in TALLIED}
             self._set(name, {**sums, "created": self._server_time()})
+        self._refuse(everything)  # what was forgotten here after a seal is still known where it was moved to
 
     # -- counting --
 

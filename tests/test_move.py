@@ -687,6 +687,21 @@ def test_a_move_that_never_began_can_be_cancelled(tmp_path: Path) -> None:
         assert 12 == moved(source, target).calls
 
 
+def test_a_place_that_was_closed_by_mistake_is_free_again(tmp_path: Path) -> None:
+    """A move that was cut off at once, and then went elsewhere: its first place may be cancelled and used."""
+    source, wrong = places(("sqlite", "redis"), tmp_path)
+    right = fresh_place("postgres", tmp_path)
+    at(source, tell_a_story)
+    with stage(tmp_path) as here:
+        assert -signal.SIGKILL == start(here, MOVER, source, wrong, 1, "after").ends()
+    assert "moved" == moved(source, right).state
+
+    assert "cancelled" == move(source, wrong, "--cancel", "--json").json["state"]
+
+    assert 11 == moved(right, wrong).calls
+    assert takes(wrong, 71)
+
+
 def test_a_source_whose_target_is_lost_is_unsealed_on_that_word_alone(tmp_path: Path) -> None:
     """A target that knows nothing of the move may be another one of its name: it takes more than --cancel."""
     source, target = places(("sqlite", "sqlite"), tmp_path)
