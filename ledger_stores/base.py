@@ -95,7 +95,7 @@ class ServerStore(Store):
         """What a process starts with, and a forked child starts anew: connections are not inherited."""
         self._pid = os.getpid()
         self._opening = threading.RLock()
-        self._failed: tuple[float, ledger.StoreError | None] = (0.0, None)
+        self._failed = 0.0, ""
         self._counts: deque[Count] = deque()
         self._in_flight: list[Count] = []
         self._alone = False  # what is in flight is written one by one
@@ -113,12 +113,12 @@ class ServerStore(Store):
         asked = time.monotonic()
         with self._opening:
             failed_at, failure = self._failed
-            if failure is not None and failed_at > asked:
-                raise ledger.StoreError(str(failure)) from failure
+            if failed_at > asked:
+                raise ledger.StoreError(failure)
             try:
                 yield
             except ledger.StoreError as error:
-                self._failed = time.monotonic(), error
+                self._failed = time.monotonic(), str(error)  # its traceback would keep this store alive
                 raise
 
     # -- operations --
