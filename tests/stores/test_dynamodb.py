@@ -290,9 +290,8 @@ def test_a_ledger_that_is_opened_anew_counts_anew(store: DynamoStore) -> None:
     for _ in range(3):
         store.count("blocked", asked, 1)
     store.flush()
-    for item in table().scan()["Items"]:
-        if item["id"].startswith(f"{store.namespace}:"):
-            table().delete_item(Key={"id": item["id"]})
+    for item in items_of(store, ""):
+        table().delete_item(Key={"id": item["id"]})
     store.close()
 
     granted(store)
