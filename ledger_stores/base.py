@@ -106,6 +106,7 @@ class ServerStore(Store):
         self._succeeded: dict[str, tuple[int, str]] = {}
         self._offset = 0.0
         self._offset_at = 0.0
+        self._holders: dict[str, str | None] = {}
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
@@ -294,7 +295,29 @@ class ServerStore(Store):
             self._offset_at = now
         return int(time.monotonic() * 1e6 + self._offset)
 
+    def _now(self) -> Now:
+        wall = self._server_time()
+        return Now(wall, self.clock.mono(), lambda run: run.lease <= wall)
+
+    def is_over(self, run: Run) -> bool:
+        """Whether the lease of a RUNNING run has lapsed by the server's clock."""
+        return run.lease <= self._server_time()
+
     # -- looking --
+
+    def holder(self, run: Run) -> str:
+        """Where the owner of a run lives, for people."""
+        name = run.owner.partition(".")[0]
+        if name not in self._holders:
+            if len(self._holders) > 1000:
+                self._holders.clear()
+            found = self._process(name)
+            self._holders[name] = f"pid {found[1]} on {found[0]}" if found else None
+        return self._holders[name] or run.caller
+
+    def _process(self, name: str) -> tuple[str, int] | None:
+        """Host and pid of a process that opened this ledger."""
+        raise NotImplementedError
 
     def last_seq(self) -> int:
         """The number of the newest event, 0 if there is none."""

@@ -33,7 +33,7 @@ from ledger_stores.move import SEALED, SHUT, Mark, Side
 
 SCHEMA_VERSION = 1
 #: how many documents are read at once
-_PAGE = 100
+PAGE = 100
 #: how many events a document keeps, and how much of what each says
 LOG, DETAIL = 100, 200
 #: how many documents of open runs a process keeps, and how many numbers it counts on
@@ -231,7 +231,6 @@ class DocumentStore(ServerStore):
         self._time = ServerClock(self.resolution)
         self._own: dict[str, Document] = {}
         self._sums: dict[tuple[str, str], int] = {}
-        self._holders: dict[str, str | None] = {}
 
     # -- what each of these stores does in its own words --
 
@@ -287,10 +286,12 @@ class DocumentStore(ServerStore):
 
     def _look_up(self, *, after: int = 0) -> int:
         """When the ledger's own document was read: later than `after`, and ten seconds ago at most."""
+        if looked_at := self._fresh_look(after):
+            return looked_at
         with self._one_at_a_time():
+            if looked_at := self._fresh_look(after):
+                return looked_at
             now = boot_micros()
-            if self._looked_at > after and now - self._looked_at < self.gate_micros:
-                return self._looked_at
             is_new, self._looked_at = not self._looked_at, 0
             self._learn_about(self.about())
             if is_new:
@@ -298,6 +299,11 @@ class DocumentStore(ServerStore):
                 self._insert(f"process:{me.id}", {"host": me.host, "pid": me.pid})
             self._looked_at = now
             return now
+
+    def _fresh_look(self, after: int) -> int:
+        """When it was read, if that is still good; else 0."""
+        looked_at = self._looked_at
+        return looked_at if looked_at > after and boot_micros() - looked_at < self.gate_micros else 0
 
     def about(self) -> Fields:
         """The ledger's own document as it is now; made if there is none."""
@@ -324,6 +330,11 @@ class DocumentStore(ServerStore):
         role = self._mark and self._mark.role
         return role in SHUT or (role in SEALED and op is not None and not isinstance(op, _GOES_ON))
 
+    def _admit(self, op: Op | _Forget | None) -> None:
+        """Raise if it is closed."""
+        if self._is_refused(op):
+            self._refuse(op)
+
     def _refuse(self, op: Op | _Forget | None) -> None:
         """Raise if it is closed; a look that said so may be of a while ago, so there is another."""
         self._look_up(after=boot_micros())
@@ -336,10 +347,6 @@ class DocumentStore(ServerStore):
 
     def _exact_time(self) -> int:
         return self._server_time()
-
-    def _now(self) -> Now:
-        wall = self._server_time()
-        return Now(wall, self.clock.mono(), lambda run: run.lease <= wall)
 
     # -- operations --
 
@@ -376,8 +383,8 @@ class DocumentStore(ServerStore):
                 doc = self._document(name)
             change = op.apply(doc.rows, self._now())
             if change.updates or change.insert or change.forget:
-                if self._is_refused(op) and (change.insert or not isinstance(op, Claim)):
-                    self._refuse(op)
+                if change.insert or not isinstance(op, Claim):
+                    self._admit(op)
                 is_written, stands = self.write(doc, doc.after(change, self._now().wall))
                 if is_written:
                     self._keep(stands)
@@ -463,8 +470,7 @@ class DocumentStore(ServerStore):
         """
         asked = self._by_server(asked)
         everything = _Forget("", asked, force, why)
-        if self._is_refused(everything):
-            self._refuse(everything)
+        self._admit(everything)
         self.flush()
         if not force:
             for doc in self._documents(wf):
@@ -483,8 +489,7 @@ class DocumentStore(ServerStore):
     def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
         """Each writer has a number of its own in a document, so that writing it twice counts once."""
         self._look_up()
-        if self._is_refused(None):
-            self._refuse(None)
+        self._admit(None)
         numbers: dict[tuple[str, str], int] = {}
         told: dict[str, tuple[Any, ...]] = {}
         for item in sums:
@@ -519,6 +524,13 @@ class DocumentStore(ServerStore):
     def _document(self, name: str) -> Document:
         return Document.read(name, self._find([name]).get(name))
 
+    def found(self, kind: str, calls: Iterable[str]) -> dict[str, Fields]:
+        """Those documents of a kind that there are of any number of calls, by name."""
+        names, found = iter(dict.fromkeys(f"{kind}:{call}" for call in calls)), dict[str, Fields]()
+        while page := list(islice(names, PAGE)):
+            found |= self._find(page)
+        return found
+
     def _documents(self, wf: str | None) -> Iterator[Document]:
         for name, fields in self._all("call", wf):
             yield Document.read(name, fields)
@@ -527,7 +539,7 @@ class DocumentStore(ServerStore):
         """Every document of a kind (of one workflow), oldest first."""
         self._look_up()
         names = (name for _, name in self._listed(kind, None if wf is None else scope_of(wf)))
-        while page := list(islice(names, _PAGE)):
+        while page := list(islice(names, PAGE)):
             found = self._find(page)
             yield from ((name, found[name]) for name in page if name in found)
 
@@ -563,10 +575,6 @@ class DocumentStore(ServerStore):
             return []
         return [(last.status, last.released, self._whole(last).result, run)]
 
-    def is_over(self, run: Run) -> bool:
-        """Whether the lease of a RUNNING run has lapsed by the server's clock."""
-        return run.lease <= self._server_time()
-
     def changed(self, calls: Sequence[str], seconds: float) -> Iterable[str]:
         """Which of these calls have no live run any more; looks again after so many seconds."""
         if found := self._without_live_run(calls):
@@ -576,9 +584,7 @@ class DocumentStore(ServerStore):
 
     def _without_live_run(self, calls: Sequence[str]) -> list[str]:
         now = self._server_time()
-        found: dict[str, Fields] = {}
-        for start in range(0, len(calls), _PAGE):
-            found |= self._find([f"call:{call}" for call in calls[start : start + _PAGE]])
+        found = self.found("call", calls)
         docs = {call: Document.read(f"call:{call}", found.get(f"call:{call}")) for call in calls}
         return [
             call
@@ -586,15 +592,9 @@ class DocumentStore(ServerStore):
             if not doc.rows or doc.rows[-1].status != "running" or doc.rows[-1].lease <= now
         ]
 
-    def holder(self, run: Run) -> str:
-        """Where the owner of a run lives, for people."""
-        name = run.owner.partition(".")[0]
-        if name not in self._holders:
-            found = self._find([f"process:{name}"]).get(f"process:{name}")
-            if len(self._holders) > 1000:
-                self._holders.clear()
-            self._holders[name] = f"pid {found['pid']} on {found['host']}" if found else None
-        return self._holders[name] or run.caller
+    def _process(self, name: str) -> tuple[str, int] | None:
+        found = self._find([f"process:{name}"]).get(f"process:{name}")
+        return (found["host"], found["pid"]) if found else None
 
     def look(self, call: str) -> Record | None:
         """The record of a call; None if it was never made."""

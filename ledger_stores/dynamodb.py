@@ -290,11 +290,8 @@ class DynamoStore(DocumentStore):
         return _fields_of(found) if found else None
 
     def _drop(self, ids: Iterable[str]) -> None:
-        self._write_all({"DeleteRequest": {"Key": self._key(name)}} for name in ids)
-
-    def _write_all(self, requests: Iterable[dict[str, Any]]) -> None:
-        rest = iter(requests)
-        while batch := list(islice(rest, _BATCH)):
+        requests = ({"DeleteRequest": {"Key": self._key(name)}} for name in ids)
+        while batch := list(islice(requests, _BATCH)):
             for _ in self._do_all("batch_write_item", {self.table: batch}, "UnprocessedItems"):
                 pass
 

@@ -24,6 +24,7 @@ import ledger
 from ledger_stores.documents import (
     DETAIL,
     LOG,
+    PAGE,
     TALLIED,
     Document,
     DocumentStore,
@@ -34,8 +35,8 @@ from ledger_stores.documents import (
 )
 from ledger_stores.move import SEALED, SHUT, Entry, Mark, Side, Tally, Whole, must_step, refuse_full
 
-#: documents that are read in one request, and requests that are under way at once
-_PAGE, _THREADS = 100, 16
+#: requests that are under way at once
+_THREADS = 16
 #: events that a document keeps; the rest are only counted
 _KEPT = frozenset(("claimed", *ledger._NEXT, "late", "released", "resolved", "reset"))
 
@@ -63,7 +64,7 @@ class DocumentSide(Side):
     def _docs(self) -> Iterator[Document]:
         """The documents of all calls, also of those that a list lacks."""
         names = (name for _, name in self._names("", None) if name.startswith("call:"))
-        while page := list(islice(names, _PAGE)):
+        while page := list(islice(names, PAGE)):
             found = self.store._find(list(dict.fromkeys(page)))
             yield from (Document.read(name, fields) for name, fields in found.items())
 
@@ -87,15 +88,9 @@ class DocumentSide(Side):
 
     def fetch(self, calls: Sequence[str]) -> list[Whole]:
         """Each of these calls as it is now."""
-        found = self._found("call", calls)
-        tallies = self._found("tally", calls)
+        found = self.store.found("call", calls)
+        tallies = self.store.found("tally", calls)
         return [self._whole(call, found.get(f"call:{call}"), tallies.get(f"tally:{call}")) for call in calls]
-
-    def _found(self, kind: str, calls: Sequence[str]) -> dict[str, Fields]:
-        names, found = iter(dict.fromkeys(f"{kind}:{call}" for call in calls)), dict[str, Fields]()
-        while page := list(islice(names, _PAGE)):
-            found |= self.store._find(page)
-        return found
 
     def _whole(self, call: str, fields: Fields | None, counted: Fields | None) -> Whole:
         rows = [self.store._whole(run) for run in Document.read(f"call:{call}", fields).runs()]
@@ -108,7 +103,7 @@ class DocumentSide(Side):
                 record.error, record.created, record.touched,
             )  # fmt: skip
         owners = sorted({run.owner.partition(".")[0] for run in rows})
-        found = self._found("process", owners)
+        found = self.store.found("process", owners)
         processes = [
             (name, about["host"], about["pid"], "", "", "")  # it is not known how long such a process lives
             for name in owners
@@ -122,7 +117,9 @@ class DocumentSide(Side):
         if self._open is None:
             docs = self._docs()
         else:
-            docs = (Document.read(name, fields) for name, fields in self._found("call", self._open).items())
+            docs = (
+                Document.read(name, fields) for name, fields in self.store.found("call", self._open).items()
+            )
         found = [doc.rows[-1].call for doc in docs if doc.rows and doc.rows[-1].status == "running"]
         if mark is not None and mark.refusal:
             self._open = found
@@ -168,7 +165,7 @@ class DocumentSide(Side):
     def erase(self, was: Mark, now: Mark) -> None:
         """Forget all calls and tallies, then set the mark; the documents stay, so that no mover finds them absent."""
         names = (name.partition(":")[2] for _, name in list(self._names("", None)))
-        while page := list(islice(names, _PAGE)):
+        while page := list(islice(names, PAGE)):
             self._put_all([Whole(call, (), None) for call in dict.fromkeys(page)], was)
         self._set_mark(was, now)
 
@@ -185,7 +182,7 @@ class DocumentSide(Side):
     def _put_all(self, wholes: Sequence[Whole], mark: Mark | None) -> None:
         """Make calls here what they are there, unless another mover has come; several at once."""
         names = [whole.call for whole in wholes]
-        docs, tallies = self._found("call", names), self._found("tally", names)
+        docs, tallies = self.store.found("call", names), self.store.found("tally", names)
 
         def put(whole: Whole) -> None:
             call, tally = f"call:{whole.call}", f"tally:{whole.call}"
@@ -250,7 +247,7 @@ class DocumentSide(Side):
         for entry in entries:
             if entry.call and entry.kind in _KEPT:
                 told.setdefault(entry.call, []).append(entry)
-        found = self._found("call", list(told))
+        found = self.store.found("call", list(told))
 
         def tell(name: str) -> None:
             self._tell_one(name, found[name], told[name.partition(":")[2]], mark)

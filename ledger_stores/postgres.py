@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import psycopg
 from psycopg.abc import RV, PQGen
@@ -33,17 +33,14 @@ from psycopg.pq import ExecStatus, TransactionStatus
 from psycopg.rows import tuple_row
 
 import ledger
-from ledger import Clock, Now, Op, Record, Run, StoreError, UsageError, Verdict
-from ledger_stores.base import NOTICE_SECONDS, Brief, ServerStore, Together, verdict_from, without_password
-
-if TYPE_CHECKING:
-    from ledger_stores.move import Side
+from ledger import Clock, Op, Record, Run, StoreError, UsageError, Verdict
+from ledger_stores.base import NOTICE_SECONDS, Brief, ServerStore, Together, verdict_from
+from ledger_stores.move import Entry, Side
 
 T = TypeVar("T")
 Row = tuple[Any, ...]
 _SCHEMA_VERSION = 1
 _COLUMNS = ", ".join(Run._fields)
-_EVENTS = ("seq", "call", "run", "kind", "at", "tool", "wf", "caller", "n", "detail")
 #: how long an operation is repeated after its connection was lost
 _RETRY_SECONDS = 5.0
 #: what a ledger that is closed for a move answers; the message says why
@@ -146,7 +143,7 @@ class PostgresStore(ServerStore):
         ).fetchone()
         if row and row[1] != "read committed":
             raise StoreError(
-                f"{without_password(self.url)}: transactions of this account are {row[1]}, in which a claim "
+                f"{self.address}: transactions of this account are {row[1]}, in which a claim "
                 "decides on what was there before it waited; nothing ran. ALTER ROLE … SET "
                 "default_transaction_isolation = 'read committed'"
             )
@@ -154,7 +151,7 @@ class PostgresStore(ServerStore):
         version = int(row[0]) if row else 0
         if version > _SCHEMA_VERSION:
             raise StoreError(
-                f"{without_password(self.url)}: schema {ns} was written by a newer Ledger (version {version}, "
+                f"{self.address}: schema {ns} was written by a newer Ledger (version {version}, "
                 f"this one knows {_SCHEMA_VERSION}); nothing ran. Upgrade ledger-guard here"
             )
         self._renumber_restored(db)
@@ -195,7 +192,7 @@ class PostgresStore(ServerStore):
         return db.execute(sql, (self.namespace,)).fetchone() is not None
 
     def _translated(self, error: Exception) -> StoreError:
-        where = without_password(self.url)
+        where = self.address
         what = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, psycopg.Error) and error.sqlstate == MOVED:
             return StoreError(f"{where}: {error.diag.message_primary}")
@@ -217,7 +214,7 @@ class PostgresStore(ServerStore):
                 return connections.use(perform, *values)
             except queue.Empty:
                 raise StoreError(
-                    f"{without_password(self.url)}: all {self.connections} connections were busy for "
+                    f"{self.address}: all {self.connections} connections were busy for "
                     f"{self.lock_seconds:g} s; nothing was asked. See that the server answers, or allow more "
                     "with connections=…"
                 ) from None
@@ -232,7 +229,7 @@ class PostgresStore(ServerStore):
             except psycopg.Error as error:
                 raise self._translated(error) from error
             except UnicodeEncodeError as error:
-                told = StoreError(f"{without_password(self.url)}: {error}; nothing was written")
+                told = StoreError(f"{self.address}: {error}; nothing was written")
                 told.refused = True
                 raise told from error
 
@@ -345,10 +342,6 @@ class PostgresStore(ServerStore):
         results = {row[:3]: row[3] for row in rows}
         return [[("success", 0, results[seen], seen[1])] if seen in results else [] for seen in asked]
 
-    def _now(self) -> Now:
-        wall = self._server_time()
-        return Now(wall, self.clock.mono(), lambda run: run.lease <= wall)
-
     def _exact_time(self) -> int:
         """The server's clock, now."""
         return int(self._ask("SELECT :ns.now_us()")[0][0])
@@ -357,11 +350,9 @@ class PostgresStore(ServerStore):
         """Whether the lease of a RUNNING run has lapsed by the server's clock."""
         return self._exact_time() >= run.lease
 
-    def holder(self, run: Run) -> str:
-        """Where the owner of a run lives, for people."""
-        name = run.owner.partition(".")[0]
+    def _process(self, name: str) -> tuple[str, int] | None:
         found = self._ask("SELECT host, pid FROM :ns.processes WHERE id = %s", (name,))
-        return f"pid {found[0][1]} on {found[0][0]}" if found else run.caller
+        return (found[0][0], found[0][1]) if found else None
 
     def look(self, call: str) -> Record | None:
         """The record of a call; None if it was never made."""
@@ -402,10 +393,12 @@ class PostgresStore(ServerStore):
     def events(self, after: int = 0) -> Iterator[dict[str, Any]]:
         """What happened after that sequence number, oldest first; none is skipped that commits later."""
         self.flush_for_reading()
-        sql = f"SELECT {', '.join(_EVENTS)} FROM :ns.certain_events WHERE seq > %s ORDER BY seq LIMIT 500"
+        sql = (
+            f"SELECT {', '.join(Entry._fields)} FROM :ns.certain_events WHERE seq > %s ORDER BY seq LIMIT 500"
+        )
         while page := self._ask(sql, (after,)):
             for row in page:
-                yield {**dict(zip(_EVENTS, row, strict=True)), "at": ledger._iso(row[4])}
+                yield {**dict(zip(Entry._fields, row, strict=True)), "at": ledger._iso(row[4])}
             after = page[-1][0]
 
     def last_seq(self) -> int:
@@ -440,7 +433,7 @@ class PostgresStore(ServerStore):
             self._hear(listener, set(calls), seconds)
         except psycopg.Error:
             self._drop_listener()
-            time.sleep(seconds)
+            self._doze(seconds)
         return self._without_live_run(calls)
 
     def _hear(self, listener: _Connection, calls: set[str], seconds: float) -> None:
@@ -470,7 +463,7 @@ class PostgresStore(ServerStore):
             "INSERT INTO :ns.meta VALUES ('checked', :ns.now_us()::text) ON CONFLICT (name) DO UPDATE SET"
             " value = EXCLUDED.value RETURNING value"
         )
-        return {"store": without_password(self.url), "ok": True, "schema": _SCHEMA_VERSION, "sync": self.sync}
+        return {"store": self.address, "ok": True, "schema": _SCHEMA_VERSION, "sync": self.sync}
 
     def as_side(self) -> Side:
         """This store as one side of a move."""

@@ -36,7 +36,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib import resources
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import redis
@@ -44,9 +44,7 @@ import redis
 import ledger
 from ledger import Claim, Clock, Now, Op, Record, Run, StoreError, UsageError, Verdict
 from ledger_stores.base import NOTICE_SECONDS, Brief, ServerStore, Together, without_password
-
-if TYPE_CHECKING:
-    from ledger_stores.move import Side
+from ledger_stores.move import Entry, Side
 
 T = TypeVar("T")
 _SCHEMA_VERSION = 1
@@ -55,7 +53,6 @@ _RETRY_SECONDS = 5.0
 _CONNECT_SECONDS = 5.0
 #: how many calls are read, or forgotten, in one step
 _PAGE, _FORGET = 50, 500
-_EVENTS = ("seq", "call", "run", "kind", "at", "tool", "wf", "caller", "n", "detail")
 _TALLY = ("tool", "wf", "caller", "args", "ran", "raised", "error", "created", "touched")
 #: what follows a run's number in the fields of its call, and in what the script shows of a run
 _SHOWN = (b"row", b"key", b"args", b"matched", b"result", b"error", b"trace", b"blocked")
@@ -119,7 +116,6 @@ class RedisStore(ServerStore):
         self._connections: _Connections | None = None
         self._listening: _Listener | None = None
         self._id = b""
-        self._holders: dict[str, str | None] = {}
         self._together = Together(functools.partial(self._insist, self._answer_all))
 
     # -- connections --
@@ -146,7 +142,7 @@ class RedisStore(ServerStore):
             first.close()
         if int(version) > _SCHEMA_VERSION:
             raise StoreError(
-                f"{without_password(self.url)}: namespace {self.namespace} was written by a newer Ledger "
+                f"{self.address}: namespace {self.namespace} was written by a newer Ledger "
                 f"(version {int(version)}, this one knows {_SCHEMA_VERSION}); nothing ran. Upgrade "
                 "ledger-guard here"
             )
@@ -164,13 +160,13 @@ class RedisStore(ServerStore):
                 protocol=2,
             )
         except (TypeError, ValueError) as error:
-            raise UsageError(f"{without_password(self.url)} cannot be used: {error}") from None
+            raise UsageError(f"{self.address} cannot be used: {error}") from None
         return _Connections(pool)
 
     def _judge_server(self, told: bytes) -> None:
         """Refuse a server that may evict keys; warn, once, of what a restart would lose."""
         info = dict(line.split(":", 1) for line in told.decode().splitlines() if ":" in line)
-        where, policy = without_password(self.url), info.get("maxmemory_policy", "noeviction")
+        where, policy = self.address, info.get("maxmemory_policy", "noeviction")
         evicts = policy != "noeviction"
         if evicts and info.get("maxmemory", "0") != "0" and self._options.get("allow_eviction") != "1":
             raise StoreError(
@@ -195,7 +191,7 @@ class RedisStore(ServerStore):
     def _translated(self, error: Exception) -> StoreError:
         advice = next((words for kind, words in _ADVICE if isinstance(error, kind)), "see the server's log")
         what = str(error).strip() or type(error).__name__
-        told = StoreError(f"{without_password(self.url)}: {what}; {advice}")
+        told = StoreError(f"{self.address}: {what}; {advice}")
         told.full = isinstance(error, redis.OutOfMemoryError)
         return told
 
@@ -221,7 +217,7 @@ class RedisStore(ServerStore):
             raise self._closed(reply)
         if have < replicas:
             raise StoreError(
-                f"{without_password(self.url)}: {have} of {replicas} replicas have what was written; it "
+                f"{self.address}: {have} of {replicas} replicas have what was written; it "
                 "stands on the primary and may be lost with it. See that the replicas run; to repeat the "
                 "operation with its token is safe"
             )
@@ -229,7 +225,7 @@ class RedisStore(ServerStore):
 
     def _replaced(self) -> StoreError:
         return StoreError(
-            f"{without_password(self.url)}: the ledger {self.namespace} is not the one that was opened: "
+            f"{self.address}: the ledger {self.namespace} is not the one that was opened: "
             "the server was emptied, or came back without its data; nothing ran. Restore the data, or "
             "close the store (or restart this program) to begin anew"
         )
@@ -271,7 +267,7 @@ class RedisStore(ServerStore):
 
     def _closed(self, reply: list[bytes]) -> StoreError:
         """The error for a ledger that is closed for a move."""
-        return StoreError(f"{without_password(self.url)}: {_text(reply[1])}")
+        return StoreError(f"{self.address}: {_text(reply[1])}")
 
     def _answer_all(self, connection: Any, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Operations, and reads (their first word is in capitals), in as few round trips as can be."""
@@ -395,20 +391,9 @@ class RedisStore(ServerStore):
         wall = self._exact_time()
         return Now(wall, self.clock.mono(), lambda run: run.lease <= wall)
 
-    def is_over(self, run: Run) -> bool:
-        """Whether the lease of a RUNNING run has lapsed by the server's clock."""
-        return run.lease <= self._server_time()
-
-    def holder(self, run: Run) -> str:
-        """Where the owner of a run lives, for people."""
-        name = run.owner.partition(".")[0]
-        if name not in self._holders:
-            found = self._look(("HGET", f"{self._prefix}processes", name))[0]
-            if len(self._holders) > 1000:
-                self._holders.clear()
-            host, pid = json.loads(found)[:2] if found else ("", 0)
-            self._holders[name] = f"pid {pid} on {host}" if found else None
-        return self._holders[name] or run.caller
+    def _process(self, name: str) -> tuple[str, int] | None:
+        found = self._look(("HGET", f"{self._prefix}processes", name))[0]
+        return tuple(json.loads(found)[:2]) if found else None
 
     def look(self, call: str) -> Record | None:
         """The record of a call; None if it was never made."""
@@ -447,7 +432,7 @@ class RedisStore(ServerStore):
             for number, fields in page:
                 after = int(number.partition(b"-")[0])
                 found = {_text(name): _text(value) for name, value in _pairs(fields)}
-                event: dict[str, Any] = {**dict.fromkeys(_EVENTS), **found, "seq": after}
+                event: dict[str, Any] = {**dict.fromkeys(Entry._fields), **found, "seq": after}
                 event["run"] = None if event["run"] is None else int(event["run"])
                 yield {**event, "at": ledger._iso(int(event["at"])), "n": int(event["n"])}
 
@@ -483,7 +468,7 @@ class RedisStore(ServerStore):
             self._hear(listener, set(calls), seconds)
         except redis.RedisError:  # who may not listen looks again
             self._drop_listener()
-            time.sleep(seconds)
+            self._doze(seconds)
         return self._ended(calls)
 
     def _hear(self, listener: _Listener, calls: set[str], seconds: float) -> None:
@@ -509,7 +494,7 @@ class RedisStore(ServerStore):
     def check(self) -> dict[str, Any]:
         """Prove that the store can be read and written; raises `StoreError`."""
         self._ask("check", replicas=self.replicas)
-        return {"store": without_password(self.url), "ok": True, "schema": _SCHEMA_VERSION, "sync": self.sync}
+        return {"store": self.address, "ok": True, "schema": _SCHEMA_VERSION, "sync": self.sync}
 
     def as_side(self) -> Side:
         """This store as one side of a move."""

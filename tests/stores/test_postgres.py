@@ -9,9 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import psycopg
@@ -286,61 +285,6 @@ def test_a_deadlock_that_the_server_breaks_up_is_no_error(namespace: str) -> Non
     flusher.join()
 
     assert [1, 1] == [run.blocked for run in store.rows("c")]
-    store.close()
-
-
-class LongPauses(PostgresStore):
-    """A store that looks again only when it is told, or when somebody else waits."""
-
-    def __init__(self, *values: Any, **settings: Any) -> None:
-        super().__init__(*values, **settings)
-        self.asked: list[list[str]] = []
-
-    def changed(self, calls: Sequence[str], seconds: float) -> list[str]:
-        self.asked.append(sorted(calls))
-        return super().changed(calls, seconds + 600)
-
-
-def test_a_waiter_is_told_by_the_server(namespace: str) -> None:
-    """The end of its own call ends its wait, and those of calls that others wait for do not make it look."""
-    mine, other = (
-        LongPauses(postgres_url(), namespace=namespace),
-        PostgresStore(postgres_url(), namespace=namespace),
-    )
-    runs = {name: other.transact(claim(name)).row for name in ("mine", "others")}
-    waiters = {
-        name: threading.Thread(target=kind.wait, args=(name, 600))
-        for name, kind in (("mine", mine), ("others", other))
-    }
-    for waiter in waiters.values():
-        waiter.start()
-    asked = f"SELECT COUNT(*) FROM {namespace}.waiting"
-    eventually(lambda: [(2,)] == other.browse(asked))
-
-    for name in ("others", "mine"):
-        assert [["mine"]] == mine.asked
-        run = runs[name]
-        assert run is not None
-        other.transact(settle(run))
-        waiters[name].join()
-    mine.close()
-    other.close()
-
-
-def test_whoever_begins_to_wait_is_not_overlooked(namespace: str) -> None:
-    """A long wait for one call ends soon when somebody waits for another, and then is for both."""
-    store = LongPauses(postgres_url(), namespace=namespace)
-    runs = [store.transact(claim(name)).row for name in ("mine", "another")]
-    waiters = [threading.Thread(target=store.wait, args=(name, 600)) for name in ("mine", "another")]
-    for waiter, calls in zip(waiters, (["mine"], ["another", "mine"]), strict=True):
-        waiter.start()
-        eventually(functools.partial(store.asked.__contains__, calls))
-
-    for run in runs:
-        assert run is not None
-        store.transact(settle(run))
-    for waiter in waiters:
-        waiter.join()
     store.close()
 
 

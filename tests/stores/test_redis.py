@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
 import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -377,58 +376,6 @@ def words_until(seen: Any, last: str) -> Iterator[str]:
 
 
 # ── duplicates that wait ──────────────────────────────────────────────────────────────
-
-
-class LongPauses(RedisStore):
-    """A store that looks again only when it is told, or when somebody else waits."""
-
-    def __init__(self, *values: Any, **settings: Any) -> None:
-        super().__init__(*values, **settings)
-        self.asked: list[list[str]] = []
-
-    def changed(self, calls: Sequence[str], seconds: float) -> list[str]:
-        self.asked.append(sorted(calls))
-        return super().changed(calls, seconds + 600)
-
-
-def test_a_waiter_is_told_by_the_server(store: RedisStore) -> None:
-    """The end of its own call ends its wait, and those of calls that others wait for do not make it look."""
-    mine, other = LongPauses(redis_url(), namespace=store.namespace), store
-    runs = {name: other.transact(claim(name)).row for name in ("mine", "others")}
-    waiters = {
-        name: threading.Thread(target=kind.wait, args=(name, 600))
-        for name, kind in (("mine", mine), ("others", other))
-    }
-    for waiter in waiters.values():
-        waiter.start()
-    with redis.Redis.from_url(redis_url()) as plain:
-        keys = [f"{{{store.namespace}}}:call:{name}" for name in ("mine", "others")]
-        eventually(lambda: all(plain.hexists(key, "waited") for key in keys))
-
-    for name in ("others", "mine"):
-        assert [["mine"]] == mine.asked
-        run = runs[name]
-        assert run is not None
-        other.transact(settle(run))
-        waiters[name].join()
-    mine.close()
-
-
-def test_whoever_begins_to_wait_is_not_overlooked() -> None:
-    """A long wait for one call ends soon when somebody waits for another, and then is for both."""
-    store = LongPauses(redis_url(), namespace=fresh_namespace())
-    runs = [store.transact(claim(name)).row for name in ("mine", "another")]
-    waiters = [threading.Thread(target=store.wait, args=(name, 600)) for name in ("mine", "another")]
-    for waiter, calls in zip(waiters, (["mine"], ["another", "mine"]), strict=True):
-        waiter.start()
-        eventually(functools.partial(store.asked.__contains__, calls))
-
-    for run in runs:
-        assert run is not None
-        store.transact(settle(run))
-    for waiter in waiters:
-        waiter.join()
-    store.close()
 
 
 def test_an_end_that_nobody_waits_for_is_not_published(server: RedisServer) -> None:
