@@ -354,6 +354,11 @@ class ServerStore(Store):
 
     # -- fork --
 
+    def close(self) -> None:
+        """Finish what is pending, and let the thread that looks for waiters end."""
+        super().close()
+        self._watcher.rest()
+
     def _after_fork_in_child(self) -> None:
         self._abandon()
         self._begin()
@@ -391,6 +396,14 @@ class _Watcher:
                 self._bells[call].remove(ring)
                 if not self._bells[call]:
                     del self._bells[call]
+
+    def rest(self) -> None:
+        """Until the thread has ended, if nobody waits: its last look must not open what is being closed."""
+        with self._lock:
+            thread = None if self._bells else self._thread
+            self.has_news = True  # so that it looks at once, and sees that there is nobody
+        if thread is not None:
+            thread.join(2 * _LAST_LOOK)
 
     def _look(self) -> None:
         pause = _FIRST_LOOK

@@ -822,10 +822,10 @@ def test_what_the_server_refuses_is_told_by_its_code(
 ) -> None:
     """With what to do; the server's own words may quote arguments and are left to the cause."""
     store.check()
-    server.refuses["findAndModify"] = [{"ok": 0, "code": code, "codeName": name, "errmsg": "card 4242"}]
+    server.refuses["findAndModify"] = [{"ok": 0, "code": code, "codeName": name, "errmsg": "card no. 4242"}]
     with pytest.raises(StoreError, match=rf"refused \(OperationFailure {code} {name}\); {advice}") as told:
         store.transact(claim())
-    assert (full, False) == (told.value.full, "4242" in str(told.value))
+    assert (full, False) == (told.value.full, "card no." in str(told.value))
 
 
 @pytest.mark.parametrize(

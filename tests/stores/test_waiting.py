@@ -97,3 +97,15 @@ def test_whoever_begins_to_wait_is_not_overlooked(store: LongPauses) -> None:
         store.transact(settle(run))
     for waiter in waiters:
         waiter.join()
+
+
+def test_a_closed_store_is_not_opened_by_who_looked(store: LongPauses) -> None:
+    """The thread that looks for waiters has ended when `close` returns, also out of a long pause."""
+    store.transact(claim("mine"))
+    before = set(threading.enumerate())
+    store.wait("mine", 0.2)
+    (looking,) = set(threading.enumerate()) - before
+
+    store.close()
+
+    assert not looking.is_alive()
