@@ -1,0 +1,304 @@
+"""Tasks in SQL: the statements that SQLite and PostgreSQL have in common, in the words of `Book`.
+
+Every statement finds its rows by an index, at any size: what is ready stands in an index of its own, ordered by
+priority and age within a lane (a type and what it needs of an agent), because readiness is kept as a number of open
+dependencies and not looked for.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Final
+
+from ledger_tasks.book import Book, Edge, Row, Wanted, by_urgency, columns_of
+from ledger_tasks.model import EVENT_COLUMNS, Task, TaskEvent, at, micros_of
+from ledger_tasks.states import LOST, TaskState
+
+SCHEMA_VERSION: Final = 1
+#: names of columns of `tasks` beside its number
+_COLUMNS: Final = (
+    "session", "id", "state", "lane", "type", "priority", "assignee", "parent", "due", "claim", "lease", "until",
+    "mono", "boot", "op", "said", "version", "hash", "doc",
+)  # fmt: skip
+#: what a row is read from
+_ROW: Final = "num, doc, open, claim, lease, until, mono, boot, op, said, hash"
+_READY: Final = "state = 'pending' AND open = 0 AND due = 0"
+_DUE: Final = "state = 'pending' AND due > 0 AND due <= :now"
+_EVENT: Final = ", ".join(("seq", *EVENT_COLUMNS, "hash"))
+_INSERT: Final = (
+    f"INSERT INTO tasks ({', '.join(_COLUMNS)}) VALUES ({', '.join(f':{name}' for name in _COLUMNS)})"
+)
+_UPDATE: Final = f"UPDATE tasks SET {', '.join(f'{name} = :{name}' for name in _COLUMNS[2:])} WHERE session = :session AND id = :id"
+_INSERT_EVENT: Final = (
+    f"INSERT INTO task_events ({', '.join(EVENT_COLUMNS)}, hash)"
+    f" VALUES ({', '.join(f':{name}' for name in EVENT_COLUMNS)}, :hash)"
+)
+_PAGE: Final = 500
+
+
+def lane_of(task: Task) -> str:
+    """What decides who may claim a task: its type and what it needs."""
+    return json.dumps([str(task.type), list(task.capabilities)], ensure_ascii=False, separators=(",", ":"))
+
+
+def lane_fits(lane: str, agent_can: Sequence[str] | None, types: Sequence[str] | None) -> bool:
+    """Whether such an agent may claim what stands in that lane."""
+    kind, needs = json.loads(lane)
+    return (types is None or kind in types) and (agent_can is None or set(needs) <= set(agent_can))
+
+
+class SqlBook(Book):
+    """A transaction in SQL. A server's own book says how a statement is done, and how rows are held."""
+
+    #: a list of strings, given as a JSON text, as a subselect
+    each: ClassVar[str]
+    #: what holds a row that is read, until the end of the transaction; one that another claims is passed over
+    hold: ClassVar[str] = ""
+    hold_first: ClassVar[str] = ""
+    #: whether a lease has run out
+    is_over: ClassVar[str] = "until <= :now"
+
+    def __init__(self, session: str) -> None:
+        self.session = session
+
+    @abstractmethod
+    def do(self, sql: str, **values: Any) -> list[Any]:
+        """All rows of a statement; `:name` marks a value."""
+
+    # -- one task --
+
+    def row(self, task_id: str) -> Row | None:
+        sql = f"SELECT {_ROW} FROM tasks WHERE session = :session AND id = :id{self.hold}"
+        found = self.do(sql, session=self.session, id=task_id)
+        return row_from(found[0]) if found else None
+
+    def claimed(self, token: str) -> Row | None:
+        found = self.do(
+            f"SELECT {_ROW} FROM tasks WHERE claim = :claim AND until > 0{self.hold}", claim=token
+        )
+        return row_from(found[0]) if found else None
+
+    def insert(self, row: Row, event: TaskEvent) -> None:
+        self.do(_INSERT, **self._values(row))
+        self._append(event)
+
+    def save(self, row: Row, events: Sequence[TaskEvent] = ()) -> None:
+        self.do(_UPDATE, **self._values(row))
+        for event in events:
+            self._append(event)
+
+    def _values(self, row: Row) -> dict[str, Any]:
+        task = row.task
+        return {
+            "session": self.session, "id": task.id, "state": task.state.value, "lane": lane_of(task),
+            "type": str(task.type), "priority": task.priority, "assignee": task.assignee, "parent": task.parent,
+            "due": micros_of(task.not_before), "claim": row.claim, "lease": row.lease, "until": row.until,
+            "mono": row.mono, "boot": row.boot, "op": row.op, "said": row.said, "version": task.version, "hash": row.hash,
+            "doc": json.dumps(task.to_dict(), ensure_ascii=False, separators=(",", ":")),
+        }  # fmt: skip
+
+    def _append(self, event: TaskEvent) -> None:
+        self.do(_INSERT_EVENT, **dict(zip(EVENT_COLUMNS, columns_of(event), strict=True)), hash=event.hash)
+
+    def renew(self, row: Row) -> None:
+        sql = "UPDATE tasks SET until = :until, mono = :mono, boot = :boot WHERE session = :session AND id = :id"
+        values = {"until": row.until, "mono": row.mono, "boot": row.boot}
+        self.do(sql, session=self.session, id=row.task.id, **values)
+
+    # -- the graph --
+
+    def hold_graph(self) -> None:
+        self.do(
+            "INSERT INTO task_sessions (session) VALUES (:session) ON CONFLICT DO NOTHING",
+            session=self.session,
+        )
+
+    def connect(self, edges: Iterable[Edge]) -> None:
+        edges = list(edges)
+        for task, on, on_failure in edges:
+            sql = (
+                "INSERT INTO task_deps (task, dep, on_failure) SELECT t.num, d.num, :on_failure FROM tasks t CROSS JOIN tasks d"
+                " WHERE t.session = :session AND t.id = :task AND d.session = :session AND d.id = :on"
+            )
+            self.do(sql, session=self.session, task=task, on=on, on_failure=on_failure)
+        for start in range(0, len(edges), _PAGE):
+            self._count_open([edge.task for edge in edges[start : start + _PAGE]])
+
+    def _count_open(self, task_ids: Sequence[str]) -> None:
+        lost = ", ".join(f"'{state.value}'" for state in sorted(LOST))
+        sql = (
+            "UPDATE tasks SET open = (SELECT COUNT(*) FROM task_deps e JOIN tasks d ON d.num = e.dep"
+            f" WHERE e.task = tasks.num AND d.state <> 'done' AND NOT (e.on_failure = 'run' AND d.state IN ({lost})))"
+            f" WHERE session = :session AND id IN {self.each.format('ids')}"
+        )
+        self.do(sql, session=self.session, ids=json.dumps(list(set(task_ids))))
+
+    def dependencies(self, task_ids: Sequence[str]) -> Iterator[Edge]:
+        return self._edges("t", task_ids)
+
+    def dependents(self, task_ids: Sequence[str]) -> Iterator[Edge]:
+        return self._edges("d", task_ids)
+
+    def _edges(self, side: str, task_ids: Sequence[str]) -> Iterator[Edge]:
+        sql = (
+            "SELECT t.id, d.id, e.on_failure FROM task_deps e JOIN tasks t ON t.num = e.task JOIN tasks d ON d.num = e.dep"
+            f" WHERE {side}.session = :session AND {side}.id IN {self.each.format('ids')} ORDER BY t.num, d.num"
+        )
+        for start in range(0, len(task_ids), _PAGE):
+            for found in self.do(sql, session=self.session, ids=json.dumps(task_ids[start : start + _PAGE])):
+                yield Edge(*found)
+
+    def release(self, task_id: str, only: str | None = None) -> list[tuple[str, TaskState]]:
+        self._change_open(task_id, -1, only)
+        sql = f"SELECT id, state FROM tasks WHERE {self._dependents_of(only)} AND open = 0 ORDER BY priority DESC, num"
+        found = self.do(sql, session=self.session, id=task_id, only=only or "")
+        return [(name, TaskState(state)) for name, state in found]
+
+    def reopen(self, task_id: str, only: str | None = None) -> None:
+        self._change_open(task_id, 1, only)
+
+    def _change_open(self, task_id: str, by: int, only: str | None) -> None:
+        sql = f"UPDATE tasks SET open = open + :by WHERE {self._dependents_of(only)}"
+        self.do(sql, session=self.session, id=task_id, by=by, only=only or "")
+
+    def _dependents_of(self, only: str | None) -> str:
+        return (
+            "num IN (SELECT e.task FROM task_deps e JOIN tasks d ON d.num = e.dep WHERE d.session = :session AND d.id = :id"
+            f"{' AND e.on_failure = :only' if only else ''})"
+        )
+
+    # -- choosing --
+
+    def ready(self, agent_can: Sequence[str] | None, types: Sequence[str] | None, limit: int) -> list[Row]:
+        page = f"SELECT {_ROW} FROM tasks WHERE session = :session AND"
+        order = "ORDER BY priority DESC, num LIMIT :limit"
+        lanes = [lane for lane in self._lanes() if lane_fits(lane, agent_can, types)]
+        values = {"session": self.session, "limit": limit}
+        found = [
+            one
+            for lane in lanes
+            for one in self.do(f"{page} lane = :lane AND {_READY} {order}", lane=lane, **values)
+        ]
+        rows = [row_from(one) for one in found]
+        for one in self.do(
+            f"{page} {_DUE} AND open = 0 ORDER BY priority DESC, num", session=self.session, now=self.now
+        ):
+            row = row_from(one)
+            if lane_fits(lane_of(row.task), agent_can, types):
+                rows.append(row)
+        return sorted(rows, key=by_urgency)[:limit]
+
+    def first(self, agent_can: Sequence[str] | None, types: Sequence[str] | None) -> Row | None:
+        self._offer_due()
+        lanes = [lane for lane in self._lanes() if lane_fits(lane, agent_can, types)]
+        return self._first_of(lanes)
+
+    def _offer_due(self) -> None:
+        """Let what was not to be done before now stand among the ready ones."""
+        values = {"session": self.session, "now": self.now}
+        if self.do(f"SELECT 1 FROM tasks WHERE session = :session AND {_DUE} LIMIT 1", **values):
+            self.do(f"UPDATE tasks SET due = 0 WHERE session = :session AND {_DUE}", **values)
+
+    def _lanes(self) -> list[str]:
+        """The lanes in which anything is ready, each found by one step in the index."""
+        least = f"SELECT MIN(lane) FROM tasks WHERE session = :session AND {_READY}"
+        sql = (
+            f"WITH RECURSIVE lanes (lane) AS (SELECT ({least}) UNION ALL"
+            f" SELECT ({least} AND tasks.lane > lanes.lane) FROM lanes WHERE lanes.lane IS NOT NULL)"
+            " SELECT lane FROM lanes WHERE lane IS NOT NULL"
+        )
+        return [lane for (lane,) in self.do(sql, session=self.session)]
+
+    def _first_of(self, lanes: Sequence[str]) -> Row | None:
+        """The best of several lanes, held; one that somebody else holds is passed over."""
+        sql = (
+            f"SELECT {_ROW} FROM tasks WHERE session = :session AND lane = :lane AND {_READY}"
+            " ORDER BY priority DESC, num LIMIT 1"
+        )
+        best: list[Row] = []
+        for lane in lanes:
+            found = self.do(sql + self.hold_first, session=self.session, lane=lane)
+            best += map(row_from, found)
+        return min(best, key=by_urgency, default=None)
+
+    def lapsed(self, silent: float | None = None, limit: int = 100) -> list[Row]:
+        over = self.is_over if silent is None else "until - lease * 1000000 + :silent <= :now"
+        sql = f"SELECT {_ROW} FROM tasks WHERE session = :session AND until > 0 AND {over} ORDER BY num LIMIT :limit{self.hold}"
+        found = self.do(
+            sql, session=self.session, limit=limit, silent=int((silent or 0) * 1e6), **self.clocks()
+        )
+        return [row_from(one) for one in found]
+
+    def clocks(self) -> dict[str, Any]:
+        """What `is_over` compares with."""
+        return {"now": self.now}
+
+    def page(self, wanted: Wanted, limit: int) -> list[Row]:
+        tests = ["num < :after" if wanted.newest_first and wanted.after else "num > :after"]
+        values: dict[str, Any] = {
+            "after": wanted.after,
+            "limit": limit,
+            "session": wanted.session or self.session,
+        }
+        if wanted.session is not None:
+            tests.append("session = :session")
+        for name, those in (("state", wanted.states), ("type", wanted.types), ("id", wanted.ids)):
+            if those:
+                tests.append(f"{name} IN {self.each.format(name)}")
+                values[name] = json.dumps(sorted(those))
+        for name, one in (("assignee", wanted.assignee or None), ("parent", wanted.parent)):
+            if one is not None:
+                tests.append(f"{name} = :{name}")
+                values[name] = one
+        for word in filter(None, (wanted.tag and json.dumps(wanted.tag, ensure_ascii=False), wanted.text)):
+            tests.append(f"LOWER(doc) LIKE :word{len(tests)} ESCAPE '\\'")
+            values[f"word{len(tests) - 1}"] = f"%{_escaped(word.lower())}%"
+        order = "DESC" if wanted.newest_first else "ASC"
+        sql = f"SELECT {_ROW} FROM tasks WHERE {' AND '.join(tests)} ORDER BY num {order} LIMIT :limit"
+        return [row_from(found) for found in self.do(sql, **values)]
+
+    def counts(self) -> dict[str, int]:
+        sql = "SELECT state, COUNT(*) FROM tasks WHERE session = :session GROUP BY state"
+        return dict(self.do(sql, session=self.session))
+
+    def events(
+        self, after: int, limit: int, task_id: str | None = None, *, every: bool = False
+    ) -> list[TaskEvent]:
+        test = "" if every else " AND session = :session"
+        test += "" if task_id is None else " AND task = :task"
+        sql = f"SELECT {_EVENT} FROM task_events WHERE seq > :after{test} ORDER BY seq LIMIT :limit"
+        found = self.do(sql, after=after, session=self.session, task=task_id or "", limit=limit)
+        return [event_from(one) for one in found]
+
+    def last_seq(self) -> int:
+        return int(self.do("SELECT COALESCE(MAX(seq), 0) FROM task_events")[0][0])
+
+    def sessions(self) -> dict[str, dict[str, Any]]:
+        return {
+            name: json.loads(about)
+            for name, about in self.do("SELECT session, about FROM task_sessions ORDER BY 1")
+        }
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+
+
+def row_from(found: Sequence[Any]) -> Row:
+    """A row as `_ROW` names its columns."""
+    num, doc, waiting, claim, lease, until, mono, boot, op, said, seal = found
+    fields = json.loads(doc)
+    task = Task.from_dict(fields)
+    if waiting:
+        object.__setattr__(task, "waiting", waiting)  # just made, and nobody else's yet
+    return Row(task, num, claim, lease, until, mono, boot, op, said, seal)
+
+
+def event_from(found: Sequence[Any]) -> TaskEvent:
+    """An event as `_EVENT` names its columns."""
+    seq, session, task, n, kind, start, end, actor, source, stage, when, data, seal = found
+    return TaskEvent(
+        seq, session, task, n, kind, start, end, actor, source, stage, json.loads(data), at(when), seal, data
+    )
