@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two verbs would install into one .venv at a time
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-unpinned check bench bench-stores build clean
+.PHONY: help demo test test-unpinned check bench bench-stores bench-tasks build clean
 
 VENV := .venv
 UNPINNED := .venv-unpinned
@@ -62,6 +62,9 @@ bench: $(VENV)/.installed-demo ## times and ratios to bare sqlite3 (BENCH_SHORT=
 
 bench-stores: $(VENV)/.installed-dev ## the same on PostgreSQL and Redis, as ratios to the bare driver
 	@$(VENV)/bin/python benchmarks/stores.py
+
+bench-tasks: $(VENV)/.installed-demo ## the task ledger, as ratios to bare statements, and how it grows
+	@$(VENV)/bin/python benchmarks/tasks.py
 
 build: $(VENV)/.installed-dev ## wheel and sdist into dist/
 	@rm -rf dist

@@ -29,85 +29,21 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, NamedTuple
-
-import ledger
-from ledger import Guard
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = os.environ.get("BENCH_SHORT", "") not in ("", "0")
+sys.path.insert(0, str(ROOT))
+
+import ledger  # noqa: E402 - the tree's own
+from benchmarks.table import SHORT, Table  # noqa: E402
+from ledger import Guard  # noqa: E402
+
+TABLE = Table()
+report, expect = TABLE.report, TABLE.expect
 ROUNDS = 15 if SHORT else 60
 CONTESTS = 3 if SHORT else 7
 BIG = 50_000 if SHORT else 1_000_000
 PROCESSES = multiprocessing.get_context("spawn")
-
-
-# ═══ The table ════════════════════════════════════════════════════════════════════════
-
-
-class Line(NamedTuple):
-    """One line of the table; `met` is None where there is no target."""
-
-    what: str
-    measured: str
-    floor: str = ""
-    ratio: str = ""
-    target: str = ""
-    met: bool | None = None
-
-
-LINES: list[Line] = []
-WRONG: list[str] = []
-
-
-def report(
-    what: str,
-    measured: float,
-    unit: str,
-    *,
-    floor: float | None = None,
-    ratio: float | None = None,
-    most: float | None = None,
-    least: float | None = None,
-    of_ratio: bool = True,
-) -> None:
-    """Add a line; the target is a bound of the ratio, or of the measured value itself."""
-    judged = ratio if of_ratio else measured
-    target, met = "", None
-    sign = " ×" if of_ratio else f" {unit}"
-    if judged is not None and most is not None:
-        target, met = f"≤ {most:g}{sign}", judged <= most
-    elif judged is not None and least is not None:
-        target, met = f"≥ {least:g}{sign}", judged >= least
-    LINES.append(
-        Line(
-            what,
-            f"{measured:,.3g} {unit}" if measured < 1000 else f"{measured:,.0f} {unit}",
-            "" if floor is None else f"{floor:,.3g} {unit}" if floor < 1000 else f"{floor:,.0f} {unit}",
-            "" if ratio is None else f"{ratio:.2f}",
-            target,
-            met,
-        )
-    )
-    print(".", end="", file=sys.stderr, flush=True)
-
-
-def expect(what: str, found: object, right: object) -> None:
-    """A count: the one thing that makes this program fail."""
-    LINES.append(Line(what, str(found), "", "", f"= {right}", found == right))
-    if found != right:
-        WRONG.append(f"{what}: {found}, not {right}")
-
-
-def print_table() -> None:
-    """All lines, aligned."""
-    words = {None: "", True: "ok", False: "over"}
-    rows = [("what", "measured", "floor", "ratio", "target", "")]
-    rows += [(n.what, n.measured, n.floor, n.ratio, n.target, words[n.met]) for n in LINES]
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:5], widths[1:5], strict=True))]
-        print("  ".join([*cells, row[5]]).rstrip())
 
 
 # ═══ What is measured: the same work by the guard and by bare sqlite3 ═════════════════
@@ -697,13 +633,13 @@ def bench_loop(folder: Path) -> None:
     """Gaps in the event loop: 99th of a hundred, and the longest."""
     rounds, seconds = (2, 1.5) if SHORT else (4, 3.0)
     found: dict[str, list[list[float]]] = {"bare": [], "guarded": [], "locked": []}
-    before = len(LINES)
+    before = len(TABLE.lines)
     for turn in range(rounds):
         found["bare"].append(bare_gaps(seconds))
         found["guarded"].append(guarded_gaps(folder / f"loop-{turn}.db", seconds, locked=False))
         found["locked"].append(guarded_gaps(folder / f"locked-{turn}.db", seconds, locked=True))
-    counts = LINES[before:]
-    del LINES[before:]
+    counts = TABLE.lines[before:]
+    del TABLE.lines[before:]
     p99 = {name: [sorted(g)[int(len(g) * 0.99)] for g in each] for name, each in found.items()}
     worst = {name: [max(g) for g in each] for name, each in found.items()}
     for name, what in (("guarded", "loop gap"), ("locked", "loop gap beside a held lock")):
@@ -893,15 +829,7 @@ def main() -> int:
         bench_disk(folder)
     finally:
         shutil.rmtree(folder)
-    print(file=sys.stderr)
-    print(
-        f"Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}, {os.cpu_count()} processors,"
-        f" {'short' if SHORT else 'long'} form in {time.monotonic() - begun:.0f} s"
-    )
-    print_table()
-    for wrong in WRONG:
-        print(f"WRONG COUNT: {wrong}", file=sys.stderr)
-    return 1 if WRONG else 0
+    return TABLE.print(time.monotonic() - begun)
 
 
 if __name__ == "__main__":

@@ -129,8 +129,8 @@ class Book(ABC):
         """What these tasks wait or waited for."""
 
     @abstractmethod
-    def dependents(self, task_ids: Sequence[str]) -> Iterator[Edge]:
-        """What waits or waited for these tasks."""
+    def dependents(self, task_ids: Sequence[str], *, waiting: bool = False) -> Iterator[Edge]:
+        """What waits or waited for these tasks; `waiting`: only what has not ended."""
 
     @abstractmethod
     def release(self, task_id: str, only: str | None = None) -> list[tuple[str, TaskState]]:
@@ -238,11 +238,7 @@ def born(
     task: Task, session: str, moment: int, *, who: Any, op: str, state: TaskState
 ) -> tuple[Row, TaskEvent]:
     """The row of a new task, and its first event."""
-    given = {
-        name: value
-        for name, value in task.to_dict().items()
-        if name not in _NOT_GIVEN and value != _PLAIN[name]
-    }
+    given = {name: value for name, value in task.said().items() if name not in _NOT_GIVEN}
     empty = Row(replace(_NOTHING, id=task.id, session=session))
     told = {"set": given, "op": "add", "token": op.partition(":")[2]}
     event = _sealed(empty, "created", None, state, moment, who.actor, who.source, "", told)
@@ -278,5 +274,4 @@ def columns_of(event: TaskEvent) -> tuple[Any, ...]:
 
 
 _NOTHING = Task(id="")
-_PLAIN = _NOTHING.to_dict()
-_NOT_GIVEN = frozenset({"session", "schema", "state", "version"})
+_NOT_GIVEN = frozenset({"session", "state", "version"})

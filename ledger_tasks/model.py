@@ -170,6 +170,14 @@ class Task:
         """JSON values only; `from_dict` reads it back."""
         return {name: plain(getattr(self, name)) for name in _NAMES}
 
+    def said(self) -> dict[str, Any]:
+        """The same without what is as it is in every new task; `from_dict` reads it back."""
+        return {
+            name: plain(value)
+            for name, usual in _USUAL
+            if (value := getattr(self, name)) is not usual and value != usual
+        }
+
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Task:
         """The task of such a dictionary; names that this version does not know are left out."""
@@ -188,6 +196,10 @@ GIVEN: Final = (
 _TIMES: Final = frozenset(f.name for f in fields(Task) if str(f.type) == "datetime | None")
 _NAMES: Final = tuple(f.name for f in fields(Task) if f.compare)
 _KNOWN: Final = frozenset(_NAMES)
+_USUAL: Final = tuple(
+    (f.name, None if f.name in ("id", "schema") else f.default) for f in fields(Task) if f.compare
+)
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def plain(value: Any) -> Any:
@@ -227,7 +239,7 @@ def upcast(found: Mapping[str, Any]) -> Mapping[str, Any]:
 def to_json(value: Any, what: str) -> str:
     """JSON of a user's value; raises `UsageError` that says which value cannot be kept."""
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return _ENCODER.encode(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(
             f"{what} cannot be kept as JSON ({error}); nothing was changed. Give plain values: dict, list, str, int, "

@@ -153,7 +153,7 @@ def _lose(book: Book, task: Task) -> list[str]:
     while lost:
         failed = lost.popleft()
         freed += _wake(book, book.release(failed.id, "run"))
-        for edge in [edge for edge in book.dependents([failed.id]) if edge.on_failure != "run"]:
+        for edge in [e for e in book.dependents([failed.id], waiting=True) if e.on_failure != "run"]:
             ended = _end_with(book, find(book, edge.task), edge.on_failure, failed)
             if ended is not None:
                 lost.append(ended)

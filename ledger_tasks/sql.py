@@ -13,24 +13,35 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Final
 
 from ledger_tasks.book import Book, Edge, Row, Wanted, by_urgency, columns_of
-from ledger_tasks.model import EVENT_COLUMNS, Task, TaskEvent, at, micros_of
-from ledger_tasks.states import LOST, TaskState
+from ledger_tasks.model import EVENT_COLUMNS, Task, TaskEvent, at, micros_of, to_json
+from ledger_tasks.states import ENDED, LOST, TaskState
 
 SCHEMA_VERSION: Final = 1
 #: names of columns of `tasks` beside its number
-_COLUMNS: Final = (
+COLUMNS: Final = (
     "session", "id", "state", "lane", "type", "priority", "assignee", "parent", "due", "claim", "lease", "until",
     "mono", "boot", "op", "said", "version", "hash", "doc",
 )  # fmt: skip
 #: what a row is read from
 _ROW: Final = "num, doc, open, claim, lease, until, mono, boot, op, said, hash"
+_ENDED: Final = ", ".join(f"'{state.value}'" for state in sorted(ENDED))
+_LOST: Final = ", ".join(f"'{state.value}'" for state in sorted(LOST))
 _READY: Final = "state = 'pending' AND open = 0 AND due = 0"
 _DUE: Final = "state = 'pending' AND due > 0 AND due <= :now"
 _EVENT: Final = ", ".join(("seq", *EVENT_COLUMNS, "hash"))
-_INSERT: Final = (
-    f"INSERT INTO tasks ({', '.join(_COLUMNS)}) VALUES ({', '.join(f':{name}' for name in _COLUMNS)})"
-)
-_UPDATE: Final = f"UPDATE tasks SET {', '.join(f'{name} = :{name}' for name in _COLUMNS[2:])} WHERE session = :session AND id = :id"
+
+
+def statements(columns: Sequence[str]) -> tuple[str, str]:
+    """What inserts a row of `tasks`, and what updates one."""
+    marks = ", ".join(f":{name}" for name in columns)
+    sets = ", ".join(f"{name} = :{name}" for name in columns[2:])
+    return (
+        f"INSERT INTO tasks ({', '.join(columns)}) VALUES ({marks})",
+        f"UPDATE tasks SET {sets} WHERE session = :session AND id = :id",
+    )
+
+
+_INSERT, _UPDATE = statements(COLUMNS)
 _INSERT_EVENT: Final = (
     f"INSERT INTO task_events ({', '.join(EVENT_COLUMNS)}, hash)"
     f" VALUES ({', '.join(f':{name}' for name in EVENT_COLUMNS)}, :hash)"
@@ -52,6 +63,8 @@ def lane_fits(lane: str, agent_can: Sequence[str] | None, types: Sequence[str] |
 class SqlBook(Book):
     """A transaction in SQL. A server's own book says how a statement is done, and how rows are held."""
 
+    #: where whole rows are read
+    source: ClassVar[str] = "tasks"
     #: a list of strings, given as a JSON text, as a subselect
     each: ClassVar[str]
     #: what holds a row that is read, until the end of the transaction; one that another claims is passed over
@@ -70,24 +83,32 @@ class SqlBook(Book):
     # -- one task --
 
     def row(self, task_id: str) -> Row | None:
-        sql = f"SELECT {_ROW} FROM tasks WHERE session = :session AND id = :id{self.hold}"
+        sql = f"SELECT {_ROW} FROM {self.source} WHERE session = :session AND id = :id{self.hold}"
         found = self.do(sql, session=self.session, id=task_id)
         return row_from(found[0]) if found else None
 
     def claimed(self, token: str) -> Row | None:
         found = self.do(
-            f"SELECT {_ROW} FROM tasks WHERE claim = :claim AND until > 0{self.hold}", claim=token
+            f"SELECT {_ROW} FROM {self.source} WHERE claim = :claim AND until > 0{self.hold}", claim=token
         )
         return row_from(found[0]) if found else None
 
     def insert(self, row: Row, event: TaskEvent) -> None:
-        self.do(_INSERT, **self._values(row))
+        self.insert_row(self._values(row))
         self._append(event)
 
     def save(self, row: Row, events: Sequence[TaskEvent] = ()) -> None:
-        self.do(_UPDATE, **self._values(row))
+        self.update_row(self._values(row))
         for event in events:
             self._append(event)
+
+    def insert_row(self, values: dict[str, Any]) -> None:
+        """A new row, with `doc`."""
+        self.do(_INSERT, **values)
+
+    def update_row(self, values: dict[str, Any]) -> None:
+        """The row of that session and id as it is now."""
+        self.do(_UPDATE, **values)
 
     def _values(self, row: Row) -> dict[str, Any]:
         task = row.task
@@ -96,7 +117,7 @@ class SqlBook(Book):
             "type": str(task.type), "priority": task.priority, "assignee": task.assignee, "parent": task.parent,
             "due": micros_of(task.not_before), "claim": row.claim, "lease": row.lease, "until": row.until,
             "mono": row.mono, "boot": row.boot, "op": row.op, "said": row.said, "version": task.version, "hash": row.hash,
-            "doc": json.dumps(task.to_dict(), ensure_ascii=False, separators=(",", ":")),
+            "doc": to_json(task.said(), f"task {task.id!r}"),
         }  # fmt: skip
 
     def _append(self, event: TaskEvent) -> None:
@@ -127,10 +148,9 @@ class SqlBook(Book):
             self._count_open([edge.task for edge in edges[start : start + _PAGE]])
 
     def _count_open(self, task_ids: Sequence[str]) -> None:
-        lost = ", ".join(f"'{state.value}'" for state in sorted(LOST))
         sql = (
             "UPDATE tasks SET open = (SELECT COUNT(*) FROM task_deps e JOIN tasks d ON d.num = e.dep"
-            f" WHERE e.task = tasks.num AND d.state <> 'done' AND NOT (e.on_failure = 'run' AND d.state IN ({lost})))"
+            f" WHERE e.task = tasks.num AND d.state <> 'done' AND NOT (e.on_failure = 'run' AND d.state IN ({_LOST})))"
             f" WHERE session = :session AND id IN {self.each.format('ids')}"
         )
         self.do(sql, session=self.session, ids=json.dumps(list(set(task_ids))))
@@ -138,13 +158,13 @@ class SqlBook(Book):
     def dependencies(self, task_ids: Sequence[str]) -> Iterator[Edge]:
         return self._edges("t", task_ids)
 
-    def dependents(self, task_ids: Sequence[str]) -> Iterator[Edge]:
-        return self._edges("d", task_ids)
+    def dependents(self, task_ids: Sequence[str], *, waiting: bool = False) -> Iterator[Edge]:
+        return self._edges("d", task_ids, f" AND t.state NOT IN ({_ENDED})" if waiting else "")
 
-    def _edges(self, side: str, task_ids: Sequence[str]) -> Iterator[Edge]:
+    def _edges(self, side: str, task_ids: Sequence[str], test: str = "") -> Iterator[Edge]:
         sql = (
             "SELECT t.id, d.id, e.on_failure FROM task_deps e JOIN tasks t ON t.num = e.task JOIN tasks d ON d.num = e.dep"
-            f" WHERE {side}.session = :session AND {side}.id IN {self.each.format('ids')} ORDER BY t.num, d.num"
+            f" WHERE {side}.session = :session AND {side}.id IN {self.each.format('ids')}{test} ORDER BY t.num, d.num"
         )
         for start in range(0, len(task_ids), _PAGE):
             for found in self.do(sql, session=self.session, ids=json.dumps(task_ids[start : start + _PAGE])):
@@ -172,7 +192,7 @@ class SqlBook(Book):
     # -- choosing --
 
     def ready(self, agent_can: Sequence[str] | None, types: Sequence[str] | None, limit: int) -> list[Row]:
-        page = f"SELECT {_ROW} FROM tasks WHERE session = :session AND"
+        page = f"SELECT {_ROW} FROM {self.source} WHERE session = :session AND"
         order = "ORDER BY priority DESC, num LIMIT :limit"
         lanes = [lane for lane in self._lanes() if lane_fits(lane, agent_can, types)]
         values = {"session": self.session, "limit": limit}
@@ -214,7 +234,7 @@ class SqlBook(Book):
     def _first_of(self, lanes: Sequence[str]) -> Row | None:
         """The best of several lanes, held; one that somebody else holds is passed over."""
         sql = (
-            f"SELECT {_ROW} FROM tasks WHERE session = :session AND lane = :lane AND {_READY}"
+            f"SELECT {_ROW} FROM {self.source} WHERE session = :session AND lane = :lane AND {_READY}"
             " ORDER BY priority DESC, num LIMIT 1"
         )
         best: list[Row] = []
@@ -225,7 +245,7 @@ class SqlBook(Book):
 
     def lapsed(self, silent: float | None = None, limit: int = 100) -> list[Row]:
         over = self.is_over if silent is None else "until - lease * 1000000 + :silent <= :now"
-        sql = f"SELECT {_ROW} FROM tasks WHERE session = :session AND until > 0 AND {over} ORDER BY num LIMIT :limit{self.hold}"
+        sql = f"SELECT {_ROW} FROM {self.source} WHERE session = :session AND until > 0 AND {over} ORDER BY num LIMIT :limit{self.hold}"
         found = self.do(
             sql, session=self.session, limit=limit, silent=int((silent or 0) * 1e6), **self.clocks()
         )
@@ -256,7 +276,9 @@ class SqlBook(Book):
             tests.append(f"LOWER(doc) LIKE :word{len(tests)} ESCAPE '\\'")
             values[f"word{len(tests) - 1}"] = f"%{_escaped(word.lower())}%"
         order = "DESC" if wanted.newest_first else "ASC"
-        sql = f"SELECT {_ROW} FROM tasks WHERE {' AND '.join(tests)} ORDER BY num {order} LIMIT :limit"
+        sql = (
+            f"SELECT {_ROW} FROM {self.source} WHERE {' AND '.join(tests)} ORDER BY num {order} LIMIT :limit"
+        )
         return [row_from(found) for found in self.do(sql, **values)]
 
     def counts(self) -> dict[str, int]:

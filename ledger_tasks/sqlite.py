@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import ledger
 from ledger import SqliteStore, StoreError
 from ledger_tasks.book import Row, TaskStore
-from ledger_tasks.sql import SCHEMA_VERSION, SqlBook
+from ledger_tasks.sql import COLUMNS, SCHEMA_VERSION, SqlBook, statements
 
 T = TypeVar("T")
 
@@ -23,6 +23,7 @@ T = TypeVar("T")
 class SqliteBook(SqlBook):
     """A transaction on a connection, or (`ask`) one statement after the other where nothing is written."""
 
+    source: ClassVar[str] = "whole_tasks"
     each: ClassVar[str] = "(SELECT value FROM json_each(:{}))"
     # on one boot the monotonic clock decides, which neither steps nor runs while the machine sleeps
     is_over: ClassVar[str] = "CASE WHEN boot = :boot AND boot <> '' THEN mono <= :mono ELSE until <= :now END"
@@ -42,6 +43,25 @@ class SqliteBook(SqlBook):
         """This machine's time."""
         return self._clock.wall()
 
+    # SQLite writes a row anew whatever changes in it. A task that ten thousand others must precede is
+    # touched when each of them is done, and one with a large checkpoint by each heartbeat: so the
+    # document has a table of its own, and what is counted and renewed stays small.
+
+    def insert_row(self, values: dict[str, Any]) -> None:
+        self.do(_INSERT, **_without_doc(values))
+        self.do(
+            "INSERT INTO task_docs SELECT num, :doc FROM tasks WHERE session = :session AND id = :id",
+            **_doc_of(values),
+        )
+
+    def update_row(self, values: dict[str, Any]) -> None:
+        self.do(_UPDATE, **_without_doc(values))
+        self.do(
+            "UPDATE task_docs SET doc = :doc"
+            " WHERE num = (SELECT num FROM tasks WHERE session = :session AND id = :id)",
+            **_doc_of(values),
+        )
+
     def leased(self, row: Row) -> Row:
         """With the lease on the clock of this boot too."""
         micros = int(row.lease * 1e6)
@@ -50,6 +70,17 @@ class SqliteBook(SqlBook):
     def clocks(self) -> dict[str, Any]:
         """Both clocks, and whose the second is."""
         return {"now": self.now, "mono": self._clock.mono(), "boot": ledger._me().boot}
+
+
+_INSERT, _UPDATE = statements([name for name in COLUMNS if name != "doc"])
+
+
+def _without_doc(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != "doc"}
+
+
+def _doc_of(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: values[name] for name in ("session", "id", "doc")}
 
 
 def schema() -> str:

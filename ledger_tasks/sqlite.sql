@@ -1,5 +1,5 @@
--- Tasks beside the calls of a ledger. Times are UTC microseconds. `doc` is the whole task as JSON; the other columns
--- are what a statement must find or decide by.
+-- Tasks beside the calls of a ledger. Times are UTC microseconds. `task_docs` has the whole task as JSON; the columns
+-- of `tasks` are what a statement must find or decide by.
 CREATE TABLE tasks (
   num INTEGER PRIMARY KEY,
   session TEXT NOT NULL,
@@ -21,7 +21,6 @@ CREATE TABLE tasks (
   said TEXT NOT NULL,
   version INTEGER NOT NULL,
   hash TEXT NOT NULL,
-  doc TEXT NOT NULL,
   UNIQUE (session, id),                                    -- prevents two tasks of one id
   CHECK (until = 0 OR state = 'assigned' OR state = 'active'));
 CREATE INDEX ready_tasks ON tasks (session, lane, priority DESC, num)
@@ -31,6 +30,8 @@ CREATE INDEX leased_tasks ON tasks (session, num) WHERE until > 0;
 CREATE INDEX claimed_tasks ON tasks (claim) WHERE until > 0;
 CREATE INDEX tasks_by_state ON tasks (session, state);
 CREATE INDEX parts_of_tasks ON tasks (session, parent) WHERE parent <> '';
+CREATE TABLE task_docs (num INTEGER PRIMARY KEY REFERENCES tasks (num), doc TEXT NOT NULL);
+CREATE VIEW whole_tasks AS SELECT tasks.*, task_docs.doc FROM tasks JOIN task_docs USING (num);
 CREATE TABLE task_deps (
   task INTEGER NOT NULL REFERENCES tasks (num),
   dep INTEGER NOT NULL REFERENCES tasks (num),

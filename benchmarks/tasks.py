@@ -1,0 +1,296 @@
+"""Times of the task ledger, as ratios to bare statements, and what must not grow with the number of tasks.
+
+Run it by `make bench-tasks`; BENCH_SHORT=1 takes about a minute.  The floor of a claim is one committed
+UPDATE of the first row of an index, with synchronous=FULL, by as many processes on a table of as many
+rows.  A figure over its target is reported, never an error; a task that was claimed twice, or a chain
+that did not end, is one, with exit status 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import resource
+import shutil
+import sqlite3
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.table import SHORT, Table  # noqa: E402 - the tree's own
+from ledger_tasks import Dep, Task, TaskLedger  # noqa: E402
+from ledger_tasks.book import Book, stepped  # noqa: E402
+from ledger_tasks.model import apply  # noqa: E402
+
+TABLE = Table()
+PROCESSES = 8
+FEW, MANY = (1_000, 20_000) if SHORT else (1_000, 100_000)
+#: by each process
+CLAIMS = 60 if SHORT else 100
+CHAIN = 2_000 if SHORT else 10_000
+STORY = 50_000 if SHORT else 1_000_000
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def open_tasks(url: str) -> TaskLedger:
+    """Without a notice of a new file."""
+    return TaskLedger(url, agent="bench", quiet=True)
+
+
+def fill(tasks: TaskLedger, count: int) -> None:
+    """Tasks of which every third waits for another."""
+    for start in range(0, count, 2_000):
+        tasks.add_tasks(
+            Task(f"t{n}", "to do", depends_on=(Dep(f"t{n - 7}"),) if n % 3 == 0 and n > start + 7 else ())
+            for n in range(start, min(start + 2_000, count))
+        )
+
+
+# ═══ Claims by processes ══════════════════════════════════════════════════════════════
+
+
+def claim_ours(url: str, go: Any, told: Any) -> None:
+    """What one process does: open, wait for the others, claim."""
+    tasks = open_tasks(url)
+    tasks.counts()
+    told.put(None)
+    go.wait()
+    told.put(timed(lambda: claimed(tasks)))
+
+
+def claimed(tasks: TaskLedger) -> str:
+    """The id of a task that is this process's now."""
+    claim = tasks.claim_next(lease=600)
+    return claim.id if claim else ""
+
+
+def claim_bare(path: str, go: Any, told: Any) -> None:
+    """The same with one statement in one transaction."""
+    db = sqlite3.connect(path, timeout=60, isolation_level=None)
+    db.execute("PRAGMA synchronous = FULL")
+    told.put(None)
+    go.wait()
+    told.put(timed(lambda: bare_claim(db)))
+
+
+def bare_claim(db: sqlite3.Connection) -> str:
+    """The first free row by priority and age."""
+    db.execute("BEGIN IMMEDIATE")
+    (found,) = db.execute(
+        "UPDATE tasks SET state = 'assigned', assignee = 'me' WHERE num = (SELECT num FROM tasks"
+        " WHERE state = 'pending' AND open = 0 ORDER BY priority DESC, num LIMIT 1) RETURNING id"
+    ).fetchall()[0]
+    db.execute("COMMIT")
+    return str(found)
+
+
+def timed(claim: Callable[[], str]) -> tuple[list[float], list[str]]:
+    """Microseconds of each claim, and what was claimed."""
+    spent, names = [], []
+    for _ in range(CLAIMS):
+        begun = time.perf_counter()
+        names.append(claim())
+        spent.append((time.perf_counter() - begun) * 1e6)
+    return spent, names
+
+
+def by_processes(work: Callable[..., None], url: str) -> tuple[float, list[str]]:
+    """The median time of a claim when several processes claim at once, and all that was claimed."""
+    go, told = SPAWN.Event(), SPAWN.Queue()
+    crew = [SPAWN.Process(target=work, args=(url, go, told)) for _ in range(PROCESSES)]
+    for process in crew:
+        process.start()
+    for _ in crew:
+        told.get(timeout=120)
+    go.set()
+    found = [told.get(timeout=600) for _ in crew]
+    for process in crew:
+        process.join()
+    return median(t for spent, _ in found for t in spent), [name for _, names in found for name in names]
+
+
+def bare_table(path: Path, count: int) -> str:
+    """A table of so many rows with the index that a claim needs."""
+    db = sqlite3.connect(path, isolation_level=None)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute(
+        "CREATE TABLE tasks (num INTEGER PRIMARY KEY, id TEXT UNIQUE, state TEXT, priority INTEGER,"
+        " open INTEGER, assignee TEXT, doc TEXT)"
+    )
+    db.execute("CREATE INDEX ready ON tasks (priority DESC, num) WHERE state = 'pending' AND open = 0")
+    db.execute("BEGIN")
+    rows = ((f"t{n}", 1 if n % 3 == 0 else 0) for n in range(count))
+    db.executemany("INSERT INTO tasks VALUES (NULL, ?, 'pending', 5, ?, '', '{}')", rows)
+    db.execute("COMMIT")
+    db.close()
+    return str(path)
+
+
+def bench_claims(folder: Path) -> None:
+    """A claim by eight processes on few and on many tasks, beside the bare statement on as many."""
+    medians: dict[int, float] = {}
+    for count in (FEW, MANY):
+        url = str(folder / f"ours-{count}.db")
+        tasks = open_tasks(url)
+        fill(tasks, count)
+        tasks.close()
+        ours, names = by_processes(claim_ours, url)
+        bare, _ = by_processes(claim_bare, bare_table(folder / f"bare-{count}.db", count))
+        medians[count] = ours
+        TABLE.report(f"claim_next, 8 processes, {count:,} tasks", ours, "µs", floor=bare, ratio=ours / bare)
+        TABLE.report("… above the bare statement", ours - bare, "µs", most=1000, of_ratio=False)
+        found = len(names), len({*names} - {""})
+        TABLE.expect("… tasks claimed, each once", found, (PROCESSES * CLAIMS,) * 2)
+    few, many = medians[FEW], medians[MANY]
+    TABLE.report(f"… {MANY:,} tasks to {FEW:,}", many, "µs", floor=few, ratio=many / few, most=1.2)
+
+
+# ═══ Shapes of a graph ════════════════════════════════════════════════════════════════
+
+
+def spend(work: Callable[[], object]) -> float:
+    """Milliseconds."""
+    begun = time.perf_counter()
+    work()
+    return (time.perf_counter() - begun) * 1e3
+
+
+def finish(tasks: TaskLedger, name: str) -> None:
+    """Claim, begin and complete one task."""
+    claim = tasks.claim_task(name)
+    if claim is None:
+        raise SystemExit(f"{name} could not be claimed")
+    tasks.start(claim)
+    tasks.complete(claim)
+
+
+def bench_dependents(folder: Path) -> None:
+    """Completing a task that a thousand wait for, in one transaction."""
+    tasks = open_tasks(str(folder / "dependents.db"))
+    spent = {}
+    for count in (1, 1_000):
+        tasks.add_task(f"first-{count}")
+        tasks.add_tasks(Task(f"of-{count}-{n}", depends_on=(Dep(f"first-{count}"),)) for n in range(count))
+        spent[count] = spend(functools.partial(finish, tasks, f"first-{count}"))
+    one, thousand = spent[1], spent[1_000]
+    TABLE.report("claim, start, complete: 1,000 dependents", thousand, "ms", floor=one, ratio=thousand / one)
+    TABLE.expect("… that can be begun now", len(tasks.get_parallel_executable_tasks(5_000)), 1_001)
+
+
+def chain(count: int) -> Iterable[Task]:
+    """Each waits for the one before it."""
+    return (Task(f"c{n}", depends_on=(Dep(f"c{n - 1}"),) if n else ()) for n in range(count))
+
+
+def fan(count: int) -> Iterable[Task]:
+    """All wait for the first, and the last for all."""
+    yield Task("c0")
+    yield from (Task(f"c{n}", depends_on=(Dep("c0"),)) for n in range(1, count - 1))
+    yield Task(f"c{count - 1}", depends_on=tuple(Dep(f"c{n}") for n in range(1, count - 1)))
+
+
+def bench_shape(folder: Path, what: str, shape: Callable[[int], Iterable[Task]]) -> None:
+    """What a chain and a fan cost, by task, when they are ten times as long."""
+    found: dict[int, dict[str, float]] = {}
+    for count in (CHAIN // 10, CHAIN):
+        tasks = open_tasks(str(folder / f"{what}-{count}.db"))
+        found[count] = {
+            "added": spend(functools.partial(tasks.add_tasks, [*shape(count)])),
+            "in waves": spend(tasks.waves),
+            "its critical path": spend(tasks.critical_path),
+            "its first cancelled": spend(functools.partial(tasks.cancel, "c0")),
+        }
+        states = {state.name: number for state, number in tasks.counts().items()}
+        TABLE.expect(f"{what} of {count:,}, ended", states, {"CANCELLED": 1, "SKIPPED": count - 1})
+        tasks.close()
+    for act, spent in found[CHAIN].items():
+        short = found[CHAIN // 10][act] * 10
+        TABLE.report(f"{what} of {CHAIN:,} {act}", spent, "ms", floor=short, ratio=spent / short, most=2.0)
+
+
+# ═══ A long story ═════════════════════════════════════════════════════════════════════
+
+
+def tell(tasks: TaskLedger, count: int) -> None:
+    """So many events of one task, ten thousand in a transaction."""
+    tasks.add_task("long")
+    for start in range(1, count, 10_000):
+        tasks.store.write(tasks.session, functools.partial(tell_some, min(10_000, count - start)))
+
+
+def tell_some(count: int, book: Book) -> None:
+    """As the operations write them, without a transaction for each."""
+    row = book.row("long")
+    if row is None:
+        raise SystemExit("the task is gone")
+    events = []
+    for number in range(count):
+        row, event = stepped(
+            row, "progress", moment=book.now, actor="bench", fields={"progress": number % 100 / 100}
+        )
+        events.append(event)
+    book.save(row, events)
+
+
+def replay_apart(url: str, told: Any) -> None:
+    """In a process of its own, whose memory is its own."""
+    tasks = open_tasks(url)
+    first = next(tasks.events("long"))
+    apply(None, first)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begun = time.perf_counter()
+    last = tasks.replay("long")
+    seconds = time.perf_counter() - begun
+    told.put(
+        (last == tasks.get("long"), seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    )
+
+
+def bench_replay(folder: Path) -> None:
+    """Memory and time of a replay, of a short story and of a long one."""
+    found: dict[int, Sequence[float]] = {}
+    for count in (STORY // 50, STORY):
+        url = str(folder / f"story-{count}.db")
+        tasks = open_tasks(url)
+        tell(tasks, count)
+        tasks.close()
+        told = SPAWN.Queue()
+        process = SPAWN.Process(target=replay_apart, args=(url, told))
+        process.start()
+        same, *found[count] = told.get(timeout=900)
+        process.join()
+        TABLE.expect(f"replay of {count:,} events gives the task", same, True)
+    seconds, kilobytes = found[STORY]
+    TABLE.report(f"replay of {STORY:,} events, each", seconds / STORY * 1e6, "µs")
+    TABLE.report(
+        "… its memory", kilobytes / 1024, "MB", floor=found[STORY // 50][1] / 1024, most=8, of_ratio=False
+    )
+
+
+def main() -> int:
+    """Measure everything; 1 if a count is wrong."""
+    home = Path(os.environ.get("BENCH_DIR") or ROOT / "build")
+    home.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=home))
+    begun = time.monotonic()
+    try:
+        bench_claims(folder)
+        bench_dependents(folder)
+        bench_shape(folder, "chain", chain)
+        bench_shape(folder, "fan", fan)
+        bench_replay(folder)
+    finally:
+        shutil.rmtree(folder)
+    return TABLE.print(time.monotonic() - begun)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
