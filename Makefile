@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two verbs would install into one .venv at a time
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-unpinned check bench bench-stores bench-tasks build clean
+.PHONY: help demo test test-unpinned check bench bench-guard bench-stores bench-tasks build clean
 
 VENV := .venv
 UNPINNED := .venv-unpinned
@@ -57,7 +57,9 @@ check: $(VENV)/.installed-dev ## lint, format and types
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
-bench: $(VENV)/.installed-demo ## times and ratios to bare sqlite3 (BENCH_SHORT=1 for a short run)
+bench: bench-guard bench-tasks bench-stores ## all benchmarks, one after the other (BENCH_SHORT=1 for short runs)
+
+bench-guard: $(VENV)/.installed-demo ## the guard: times and ratios to bare sqlite3
 	@$(VENV)/bin/python benchmarks/guard.py
 
 bench-stores: $(VENV)/.installed-dev ## the same on PostgreSQL and Redis, as ratios to the bare driver
