@@ -227,6 +227,23 @@ def test_postgres_example_charges_once_from_two_processes(tmp_path: Path) -> Non
     assert "two processes asked, charges: 1" in output
 
 
+def test_tasks_example_ends_every_task_though_an_agent_was_killed(tmp_path: Path) -> None:
+    """Four processes share six tasks and a summary that waits for them; the killed agent's task is done again."""
+    output = output_of("example_tasks", tmp_path)
+
+    ended = re.findall(r"^(\S+) +done +after (\d) retries", output, re.MULTILINE)
+    assert (7, 1) == (len(ended), sum(int(retries) for _, retries in ended))
+    assert "agents killed: 1; the last to end: summary; every story holds: True" in output
+
+
+def test_resumed_example_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
+    """The second process imports only the rows that the first had not."""
+    output = output_of("example_resumed", tmp_path)
+
+    assert "tuesday: orders from row 6" in output
+    assert "{'customers': 10, 'orders': 4, 'invoices': 10}" in output
+
+
 @pytest.mark.parametrize(
     "script",
     [
