@@ -14,6 +14,8 @@ import pytest
 
 import ledger
 from ledger import Guard, PolicyOptions
+from ledger_tasks import TaskLedger
+from ledger_tasks.states import diagram
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -156,6 +158,18 @@ def test_llms_txt_has_every_method_of_the_guard() -> None:
     """Each public method of Guard stands there as `guard.name`, and each policy option."""
     assert sorted(set(public_members(Guard)) - names_in(LLMS, "guard")) == []
     assert [name for name in PolicyOptions.__annotations__ if f"`{name}" not in LLMS] == []
+
+
+def test_llms_txt_has_every_method_of_the_task_ledger() -> None:
+    """Each public method of TaskLedger stands there as `tasks.name`, and no other."""
+    assert set(public_members(TaskLedger)) ^ names_in(LLMS, "tasks") == {"mapping"}
+
+
+def test_the_page_of_tasks_has_the_table_of_states() -> None:
+    """The diagram is printed from the table."""
+    page = (ROOT / "docs" / "tasks.md").read_text("utf-8")
+
+    assert f"```text\n{diagram()}\n```" in page
 
 
 @pytest.mark.parametrize("name", sorted(ledger.__all__))

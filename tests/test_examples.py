@@ -228,7 +228,7 @@ def test_postgres_example_charges_once_from_two_processes(tmp_path: Path) -> Non
 
 
 def test_tasks_example_ends_every_task_though_an_agent_was_killed(tmp_path: Path) -> None:
-    """Four processes share six tasks and a summary that waits for them; the killed agent's task is done again."""
+    """Four processes share six tasks and a summary; what the killed one had is done by another."""
     output = output_of("example_tasks", tmp_path)
 
     ended = re.findall(r"^(\S+) +done +after (\d) retries", output, re.MULTILINE)
