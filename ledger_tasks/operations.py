@@ -201,6 +201,7 @@ def _error(book: Book, actor: str, error: str) -> dict[str, Any]:
 def add(book: Book, tasks: Sequence[Task], who: Who, token: str, *, backlog: bool = False) -> list[Row]:
     """New tasks, all or none, in the order given. `token` is this request's own."""
     names = [task.id for task in tasks]
+    tasks = _with_parts(tasks)
     known = _rows(
         book, [*names, *(dep.id for task in tasks for dep in task.depends_on), *(t.parent for t in tasks)]
     )
@@ -215,7 +216,7 @@ def add(book: Book, tasks: Sequence[Task], who: Who, token: str, *, backlog: boo
     state = _S.BACKLOG if backlog else _S.PENDING
     for task in tasks:
         book.insert(*born(task, book.session, book.now, who=who, op=f"add:{token}", state=state))
-    parts = [Edge(task.parent, task.id, "fail") for task in tasks if task.parent]
+    parts = [Edge(task.parent, task.id, "fail") for task in tasks if task.parent in known]
     own = [Edge(task.id, dep.id, dep.on_failure) for task in tasks for dep in task.depends_on]
     for parent in parents:
         _hand_to_parts(book, parent, [edge for edge in parts if edge.task == parent.task.id], who)
@@ -224,6 +225,19 @@ def add(book: Book, tasks: Sequence[Task], who: Who, token: str, *, backlog: boo
         _end_hopeless(book, names)
     made = _rows(book, names)
     return [made[name] for name in names]
+
+
+def _with_parts(tasks: Sequence[Task]) -> list[Task]:
+    """A new task whose parts come with it depends on them; what it says of one itself counts."""
+    parts: dict[str, list[Dep]] = {}
+    for task in tasks:
+        parts.setdefault(task.parent, []).append(Dep(task.id, "fail"))
+    return [_with_deps(task, parts[task.id]) if task.id in parts else task for task in tasks]
+
+
+def _with_deps(task: Task, more: Iterable[Dep]) -> Task:
+    deps = {dep.id: dep for dep in (*more, *task.depends_on)}
+    return replace(task, depends_on=tuple(deps.values()))
 
 
 def _rows(book: Book, names: Iterable[str]) -> dict[str, Row]:
@@ -279,7 +293,7 @@ def _refuse_cycle(book: Book, tasks: Sequence[Task], known: Mapping[str, Row]) -
     """New tasks can wait for each other only among themselves, and through a task that they are to be parts of."""
     waits: dict[str, list[str]] = {task.id: [dep.id for dep in task.depends_on] for task in tasks}
     for task in tasks:
-        if task.parent:
+        if task.parent in known:
             waits.setdefault(task.parent, []).append(task.id)
     if any(name in known for name in waits):
         before = [dep for on in waits.values() for dep in on if dep in known]
