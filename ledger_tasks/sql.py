@@ -94,7 +94,7 @@ class SqlBook(Book):
         return {
             "session": self.session, "id": task.id, "state": task.state.value, "lane": lane_of(task),
             "type": str(task.type), "priority": task.priority, "assignee": task.assignee, "parent": task.parent,
-            "due": micros_of(task.not_before), "claim": row.claim, "lease": row.lease, "until": row.until,
+            "due": max(0, micros_of(task.not_before)), "claim": row.claim, "lease": row.lease, "until": row.until,
             "mono": row.mono, "boot": row.boot, "op": row.op, "said": row.said, "version": task.version, "hash": row.hash,
             "doc": json.dumps(task.to_dict(), ensure_ascii=False, separators=(",", ":")),
         }  # fmt: skip
