@@ -252,9 +252,13 @@ class SqlBook(Book):
             if one is not None:
                 tests.append(f"{name} = :{name}")
                 values[name] = one
-        for word in filter(None, (wanted.tag and json.dumps(wanted.tag, ensure_ascii=False), wanted.text)):
-            tests.append(f"LOWER(doc) LIKE :word{len(tests)} ESCAPE '\\'")
-            values[f"word{len(tests) - 1}"] = f"%{_escaped(word.lower())}%"
+        if wanted.tag:  # whatever holds it anywhere: `TaskLedger.tasks` looks at the tags themselves
+            tests.append("doc LIKE :tag ESCAPE '\\'")
+            values["tag"] = f"%{_escaped(_as_in_doc(wanted.tag))}%"
+        if wanted.text:  # as it is written too: a database may know no capitals but those of English
+            tests.append("(LOWER(doc) LIKE :lower ESCAPE '\\' OR doc LIKE :text ESCAPE '\\')")
+            values["text"] = f"%{_escaped(_as_in_doc(wanted.text)[1:-1])}%"
+            values["lower"] = values["text"].lower()
         order = "DESC" if wanted.newest_first else "ASC"
         sql = f"SELECT {_ROW} FROM tasks WHERE {' AND '.join(tests)} ORDER BY num {order} LIMIT :limit"
         return [row_from(found) for found in self.do(sql, **values)]
@@ -280,6 +284,11 @@ class SqlBook(Book):
             name: json.loads(about)
             for name, about in self.do("SELECT session, about FROM task_sessions ORDER BY 1")
         }
+
+
+def _as_in_doc(text: str) -> str:
+    """A string as it stands in a task's document."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _escaped(text: str) -> str:

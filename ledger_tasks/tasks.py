@@ -229,7 +229,7 @@ class TaskLedger:
             tag=tag or "", text=text or "", session=None if all_sessions else self.session,
         )  # fmt: skip
         while page := self._read(lambda book: book.page(wanted, _PAGE)):
-            yield from (row.task for row in page)
+            yield from (row.task for row in page if not tag or tag in row.task.tags)
             wanted.after = page[-1].num
 
     def list_tasks(self, **wanted: Any) -> list[Task]:
