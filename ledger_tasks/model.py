@@ -224,10 +224,20 @@ def upcast(found: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
+def compact(value: Any, *, allow_nan: bool = True) -> str:
+    """JSON in as few characters as it takes; half a surrogate, as in the name of an odd file, is written as an escape."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=allow_nan, separators=(",", ":"))
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(value, allow_nan=allow_nan, separators=(",", ":"))
+    return text
+
+
 def to_json(value: Any, what: str) -> str:
     """JSON of a user's value; raises `UsageError` that says which value cannot be kept."""
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return compact(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(
             f"{what} cannot be kept as JSON ({error}); nothing was changed. Give plain values: dict, list, str, int, "

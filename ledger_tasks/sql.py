@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Final
 
 from ledger_tasks.book import Book, Edge, Row, Wanted, by_urgency, columns_of
-from ledger_tasks.model import EVENT_COLUMNS, Task, TaskEvent, at, micros_of
+from ledger_tasks.model import EVENT_COLUMNS, Task, TaskEvent, at, compact, micros_of
 from ledger_tasks.states import LOST, TaskState
 
 SCHEMA_VERSION: Final = 1
@@ -96,7 +96,7 @@ class SqlBook(Book):
             "type": str(task.type), "priority": task.priority, "assignee": task.assignee, "parent": task.parent,
             "due": max(0, micros_of(task.not_before)), "claim": row.claim, "lease": row.lease, "until": row.until,
             "mono": row.mono, "boot": row.boot, "op": row.op, "said": row.said, "version": task.version, "hash": row.hash,
-            "doc": json.dumps(task.to_dict(), ensure_ascii=False, separators=(",", ":")),
+            "doc": compact(task.to_dict()),
         }  # fmt: skip
 
     def _append(self, event: TaskEvent) -> None:
