@@ -20,6 +20,8 @@ from ledger import UsageError
 from ledger_tasks.states import ENDED, TaskState
 
 SCHEMA_VERSION: Final = 1
+#: seconds that a lease or a pause may last at most, some thirty years: a time that is still a time
+LONGEST: Final = 1e9
 OnFailure = Literal["skip", "fail", "run"]
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -49,10 +51,13 @@ def moment(value: datetime | float | str | None) -> datetime | None:
     """A time in UTC: of a datetime with its zone, of seconds since 1970, or of ISO text."""
     if value is None:
         return None
-    if isinstance(value, str):
-        value = datetime.fromisoformat(value)
-    if isinstance(value, int | float):
-        return datetime.fromtimestamp(value, UTC)
+    try:
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value)
+        if isinstance(value, int | float):
+            return datetime.fromtimestamp(value, UTC)
+    except (ValueError, OverflowError, OSError) as error:
+        raise UsageError(f"{value!r} is no time ({error}); nothing was changed") from None
     if value.tzinfo is None:
         raise UsageError(
             f"the time {value.isoformat()} names no zone, so nobody knows when that is; give it one, for "

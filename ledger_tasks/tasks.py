@@ -21,6 +21,7 @@ from ledger_tasks.book import Book, Row, TaskStore, Wanted, by_urgency
 from ledger_tasks.errors import NoSuchTask
 from ledger_tasks.model import (
     GIVEN,
+    LONGEST,
     Claim,
     Dep,
     OnFailure,
@@ -76,8 +77,8 @@ class TaskLedger:
         self, where: Where = None, *, agent: str | None = None, session: str = "main", source: str = "",
         lease: float = 300.0, **settings: Any,
     ) -> None:  # fmt: skip
-        if not lease > 0:
-            raise UsageError(f"lease={lease!r} is not a number of seconds above 0")
+        if not 0 < lease <= LONGEST:
+            raise UsageError(f"lease={lease!r} is not a number of seconds above 0, up to {LONGEST:g}")
         self.agent = refuse_odd(whoami() if agent is None else agent, "the name of an agent")
         self.session = refuse_odd(session, "the name of a session")
         self.source = refuse_odd(source, "the name of a source")
@@ -320,8 +321,10 @@ class TaskLedger:
         **options: Any,
     ) -> Claim | None:
         seconds = self.lease if lease is None else lease
-        if not seconds > 0:
-            raise UsageError(f"lease={lease!r} is not a number of seconds above 0; nothing was claimed")
+        if not 0 < seconds <= LONGEST:
+            raise UsageError(
+                f"lease={lease!r} is not a number of seconds above 0, up to {LONGEST:g}; nothing was claimed"
+            )
         who = Who(self._actor(agent), ledger.new_token(), self.source)
         row = self._write(operation, *args, who=who, lease=seconds, **options)
         return None if row is None else Claim(row.task, who.actor, who.token, seconds)
@@ -426,6 +429,10 @@ class TaskLedger:
         self, task: Named, error: str, agent: str | None, retry_in: float | None, usage: dict[str, Any],
         expected: int | None, *, route: bool = False,
     ) -> Change:  # fmt: skip
+        if retry_in is not None and not 0 <= retry_in <= LONGEST:
+            raise UsageError(
+                f"retry_in={retry_in!r} is not a number of seconds from 0 to {LONGEST:g}; nothing was changed"
+            )
         options: dict[str, Any] = {"usage": usage, "retry_in": retry_in, "expected": expected, "route": route}
         return self._write(ops.fail, _id_of(task), self._holder(task, agent), error, **options)
 
