@@ -308,7 +308,8 @@ class TaskLedger:
         """
         options = {"capabilities": capabilities, "types": types}
         claim = self._claimed(ops.claim_next, agent, lease, **options)
-        if claim is None and self._has_lapsed() and self.recover():
+        if claim is None and self._has_lapsed():
+            self.recover()  # what is DEAD by that may have freed others
             claim = self._claimed(ops.claim_next, agent, lease, **options)
         return claim
 
