@@ -27,6 +27,8 @@ from ledger_tasks.states import ENDED, HELD, LEASED, LOST, NEXT, TaskState, path
 
 #: why a task that has parts is BLOCKED; it goes on by itself when they are done
 WAITS_FOR_PARTS: Final = "waiting for subtasks"
+#: `cancel` that asked for the dependents too; to cancel the task alone is another request
+CANCEL_ALL: Final = "cancel all"
 _S = TaskState
 _PAGE: Final = 500
 
@@ -649,7 +651,7 @@ def cancel(
 ) -> Change:
     """CANCELLED with its subtasks, and with everything that waits for it where `dependents` says so."""
     row = find(book, task_id)
-    if who.repeats("cancel", row):
+    if who.repeats(CANCEL_ALL, row) or (not dependents and who.repeats("cancel", row)):
         return Change(row, [])
     _refuse(row, who, "cancel", _S.CANCELLED, held=False, start=None, expected=expected)
     ended: list[tuple[TaskState, Row]] = []
@@ -657,19 +659,20 @@ def cancel(
         before = find(book, name)
         if _S.CANCELLED in NEXT[before.task.state]:
             why = reason if name == task_id else f"{task_id} was cancelled{reason and ': '}{reason}"
-            ended.append((before.task.state, _cancel_one(book, before, who, why)))
+            op = CANCEL_ALL if dependents and name == task_id else "cancel"
+            ended.append((before.task.state, _cancel_one(book, before, who, op, why)))
     # after all of them, so that none is SKIPPED because another was CANCELLED
     freed = [name for start, after in ended for name in _see_to_dependents(book, start, after.task)]
     return Change(ended[0][1], freed)
 
 
-def _cancel_one(book: Book, row: Row, who: Who, why: str) -> Row:
+def _cancel_one(book: Book, row: Row, who: Who, op: str, why: str) -> Row:
     after, event = stepped(
         row,
         "moved",
         moment=book.now,
         actor=who.actor,
-        op=who.asks("cancel"),
+        op=who.asks(op),
         to=_S.CANCELLED,
         why=why,
         source=who.source,
