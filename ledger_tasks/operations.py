@@ -494,7 +494,7 @@ def _refuse_version(row: Row, expected: int | None) -> None:
 def _begin(book: Book, task_id: str, who: Who, expected: int | None) -> bool:
     """Claim and begin a ready task that nobody has; False if it is not one."""
     row = find(book, task_id)
-    if not row.task.ready or who.token:
+    if not row.task.ready or micros_of(row.task.not_before) > book.now or who.token:
         return False
     _refuse_version(row, expected)
     after, events = _along(
