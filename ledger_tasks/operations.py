@@ -452,13 +452,18 @@ def move(
     """
     row = find(book, task_id)
     if who.repeats(op, row):
-        return Change(row, [])
+        return Change(row, _freed_before(book, row))
     _refuse(row, who, op, to, held=held, start=start, expected=expected)
     after, event = stepped(
         row, "moved", moment=book.now, actor=who.actor, op=_asked(row, who, op), to=to, why=why, source=who.source,
         fields=fields, adds=adds,
     )  # fmt: skip
     return _commit(book, row.task.state, after, [event])
+
+
+def _freed_before(book: Book, row: Row) -> list[str]:
+    """What an end that is asked for again may have freed when it was asked for first."""
+    return [edge.task for edge in book.dependents([row.task.id])] if row.task.state in ENDED else []
 
 
 def _asked(row: Row, who: Who, op: str) -> str:
@@ -534,7 +539,7 @@ def fail(
     """FAILED, and on from there: back to PENDING while retries are left, DEAD when they are used up."""
     row = find(book, task_id)
     if who.repeats("fail", row):
-        return Change(row, [])
+        return Change(row, _freed_before(book, row))
     if route and _begin(book, task_id, who, expected):
         row, expected = find(book, task_id), None
     _refuse(row, who, "fail", _S.FAILED, held=True, start=(_S.ACTIVE,), expected=expected)
