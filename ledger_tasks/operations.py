@@ -591,7 +591,9 @@ def record(
     if book.again and row.said == token:
         return row
     _refuse_stranger(row, who, f"report {kind} of")
-    when = {timed: at(book.now)} if timed else {}
+    now = at(book.now).isoformat()
+    when = {timed: now} if timed else {}
+    adds = {name: {**one, "at": now} if isinstance(one, dict) else one for name, one in (adds or {}).items()}
     after, event = stepped(
         row, kind, moment=book.now, actor=who.actor, source=who.source, stage=stage, fields={**(fields or {}), **when},
         adds=adds,
