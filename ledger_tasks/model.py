@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -23,6 +24,7 @@ SCHEMA_VERSION: Final = 1
 #: seconds that a lease or a pause may last at most, some thirty years: a time that is still a time
 LONGEST: Final = 1e9
 OnFailure = Literal["skip", "fail", "run"]
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -232,11 +234,7 @@ def upcast(found: Mapping[str, Any]) -> Mapping[str, Any]:
 def compact(value: Any, *, allow_nan: bool = True) -> str:
     """JSON in as few characters as it takes; half a surrogate, as in the name of an odd file, is written as an escape."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=allow_nan, separators=(",", ":"))
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        text = json.dumps(value, allow_nan=allow_nan, separators=(",", ":"))
-    return text
+    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def to_json(value: Any, what: str) -> str:

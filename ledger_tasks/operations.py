@@ -591,11 +591,12 @@ def record(
     if book.again and row.said == token:
         return row
     _refuse_stranger(row, who, f"report {kind} of")
-    now = at(book.now).isoformat()
-    when = {timed: now} if timed else {}
-    adds = {name: {**one, "at": now} if isinstance(one, dict) else one for name, one in (adds or {}).items()}
+    now = book.now
+    told = at(now).isoformat()
+    when = {timed: told} if timed else {}
+    adds = {name: {**one, "at": told} if isinstance(one, dict) else one for name, one in (adds or {}).items()}
     after, event = stepped(
-        row, kind, moment=book.now, actor=who.actor, source=who.source, stage=stage, fields={**(fields or {}), **when},
+        row, kind, moment=now, actor=who.actor, source=who.source, stage=stage, fields={**(fields or {}), **when},
         adds=adds,
     )  # fmt: skip
     after = _with_lease(book, replace(after, said=token))
