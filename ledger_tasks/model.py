@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
@@ -20,7 +21,10 @@ from ledger import UsageError
 from ledger_tasks.states import ENDED, TaskState
 
 SCHEMA_VERSION: Final = 1
+#: seconds that a lease or a pause may last at most, some thirty years: a time that is still a time
+LONGEST: Final = 1e9
 OnFailure = Literal["skip", "fail", "run"]
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -49,10 +53,13 @@ def moment(value: datetime | float | str | None) -> datetime | None:
     """A time in UTC: of a datetime with its zone, of seconds since 1970, or of ISO text."""
     if value is None:
         return None
-    if isinstance(value, str):
-        value = datetime.fromisoformat(value)
-    if isinstance(value, int | float):
-        return datetime.fromtimestamp(value, UTC)
+    try:
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value)
+        if isinstance(value, int | float):
+            return datetime.fromtimestamp(value, UTC)
+    except (ValueError, OverflowError, OSError) as error:
+        raise UsageError(f"{value!r} is no time ({error}); nothing was changed") from None
     if value.tzinfo is None:
         raise UsageError(
             f"the time {value.isoformat()} names no zone, so nobody knows when that is; give it one, for "
@@ -236,10 +243,16 @@ def upcast(found: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
+def compact(value: Any) -> str:
+    """JSON in as few characters as it takes; half a surrogate, as in the name of an odd file, is written as an escape."""
+    text = _ENCODER.encode(value)
+    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
 def to_json(value: Any, what: str) -> str:
     """JSON of a user's value; raises `UsageError` that says which value cannot be kept."""
     try:
-        return _ENCODER.encode(value)
+        return compact(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(
             f"{what} cannot be kept as JSON ({error}); nothing was changed. Give plain values: dict, list, str, int, "

@@ -27,6 +27,8 @@ from ledger_tasks.states import ENDED, HELD, LEASED, LOST, NEXT, TaskState, path
 
 #: why a task that has parts is BLOCKED; it goes on by itself when they are done
 WAITS_FOR_PARTS: Final = "waiting for subtasks"
+#: `cancel` that asked for the dependents too; to cancel the task alone is another request
+CANCEL_ALL: Final = "cancel all"
 _S = TaskState
 _PAGE: Final = 500
 
@@ -201,6 +203,7 @@ def _error(book: Book, actor: str, error: str) -> dict[str, Any]:
 def add(book: Book, tasks: Sequence[Task], who: Who, token: str, *, backlog: bool = False) -> list[Row]:
     """New tasks, all or none, in the order given. `token` is this request's own."""
     names = [task.id for task in tasks]
+    tasks = _with_parts(tasks)
     known = _rows(
         book, [*names, *(dep.id for task in tasks for dep in task.depends_on), *(t.parent for t in tasks)]
     )
@@ -215,7 +218,7 @@ def add(book: Book, tasks: Sequence[Task], who: Who, token: str, *, backlog: boo
     state = _S.BACKLOG if backlog else _S.PENDING
     for task in tasks:
         book.insert(*born(task, book.session, book.now, who=who, op=f"add:{token}", state=state))
-    parts = [Edge(task.parent, task.id, "fail") for task in tasks if task.parent]
+    parts = [Edge(task.parent, task.id, "fail") for task in tasks if task.parent in known]
     own = [Edge(task.id, dep.id, dep.on_failure) for task in tasks for dep in task.depends_on]
     for parent in parents:
         _hand_to_parts(book, parent, [edge for edge in parts if edge.task == parent.task.id], who)
@@ -224,6 +227,19 @@ def add(book: Book, tasks: Sequence[Task], who: Who, token: str, *, backlog: boo
         _end_hopeless(book, names)
     made = _rows(book, names)
     return [made[name] for name in names]
+
+
+def _with_parts(tasks: Sequence[Task]) -> list[Task]:
+    """A new task whose parts come with it depends on them; what it says of one itself counts."""
+    parts: dict[str, list[Dep]] = {}
+    for task in tasks:
+        parts.setdefault(task.parent, []).append(Dep(task.id, "fail"))
+    return [_with_deps(task, parts[task.id]) if task.id in parts else task for task in tasks]
+
+
+def _with_deps(task: Task, more: Iterable[Dep]) -> Task:
+    deps = {dep.id: dep for dep in (*more, *task.depends_on)}
+    return replace(task, depends_on=tuple(deps.values()))
 
 
 def _rows(book: Book, names: Iterable[str]) -> dict[str, Row]:
@@ -279,7 +295,7 @@ def _refuse_cycle(book: Book, tasks: Sequence[Task], known: Mapping[str, Row]) -
     """New tasks can wait for each other only among themselves, and through a task that they are to be parts of."""
     waits: dict[str, list[str]] = {task.id: [dep.id for dep in task.depends_on] for task in tasks}
     for task in tasks:
-        if task.parent:
+        if task.parent in known:
             waits.setdefault(task.parent, []).append(task.id)
     if any(name in known for name in waits):
         before = [dep for on in waits.values() for dep in on if dep in known]
@@ -436,13 +452,18 @@ def move(
     """
     row = find(book, task_id)
     if who.repeats(op, row):
-        return Change(row, [])
+        return Change(row, _freed_before(book, row))
     _refuse(row, who, op, to, held=held, start=start, expected=expected)
     after, event = stepped(
         row, "moved", moment=book.now, actor=who.actor, op=_asked(row, who, op), to=to, why=why, source=who.source,
         fields=fields, adds=adds,
     )  # fmt: skip
     return _commit(book, row.task.state, after, [event])
+
+
+def _freed_before(book: Book, row: Row) -> list[str]:
+    """What an end that is asked for again may have freed when it was asked for first."""
+    return [edge.task for edge in book.dependents([row.task.id])] if row.task.state in ENDED else []
 
 
 def _asked(row: Row, who: Who, op: str) -> str:
@@ -478,7 +499,7 @@ def _refuse_version(row: Row, expected: int | None) -> None:
 def _begin(book: Book, task_id: str, who: Who, expected: int | None) -> bool:
     """Claim and begin a ready task that nobody has; False if it is not one."""
     row = find(book, task_id)
-    if not row.task.ready or who.token:
+    if not row.task.ready or micros_of(row.task.not_before) > book.now or who.token:
         return False
     _refuse_version(row, expected)
     after, events = _along(
@@ -518,7 +539,7 @@ def fail(
     """FAILED, and on from there: back to PENDING while retries are left, DEAD when they are used up."""
     row = find(book, task_id)
     if who.repeats("fail", row):
-        return Change(row, [])
+        return Change(row, _freed_before(book, row))
     if route and _begin(book, task_id, who, expected):
         row, expected = find(book, task_id), None
     _refuse(row, who, "fail", _S.FAILED, held=True, start=(_S.ACTIVE,), expected=expected)
@@ -570,9 +591,12 @@ def record(
     if book.again and row.said == token:
         return row
     _refuse_stranger(row, who, f"report {kind} of")
-    when = {timed: at(book.now)} if timed else {}
+    now = book.now
+    told = at(now).isoformat()
+    when = {timed: told} if timed else {}
+    adds = {name: {**one, "at": told} if isinstance(one, dict) else one for name, one in (adds or {}).items()}
     after, event = stepped(
-        row, kind, moment=book.now, actor=who.actor, source=who.source, stage=stage, fields={**(fields or {}), **when},
+        row, kind, moment=now, actor=who.actor, source=who.source, stage=stage, fields={**(fields or {}), **when},
         adds=adds,
     )  # fmt: skip
     after = _with_lease(book, replace(after, said=token))
@@ -635,7 +659,7 @@ def cancel(
 ) -> Change:
     """CANCELLED with its subtasks, and with everything that waits for it where `dependents` says so."""
     row = find(book, task_id)
-    if who.repeats("cancel", row):
+    if who.repeats(CANCEL_ALL, row) or (not dependents and who.repeats("cancel", row)):
         return Change(row, [])
     _refuse(row, who, "cancel", _S.CANCELLED, held=False, start=None, expected=expected)
     ended: list[tuple[TaskState, Row]] = []
@@ -643,19 +667,20 @@ def cancel(
         before = find(book, name)
         if _S.CANCELLED in NEXT[before.task.state]:
             why = reason if name == task_id else f"{task_id} was cancelled{reason and ': '}{reason}"
-            ended.append((before.task.state, _cancel_one(book, before, who, why)))
+            op = CANCEL_ALL if dependents and name == task_id else "cancel"
+            ended.append((before.task.state, _cancel_one(book, before, who, op, why)))
     # after all of them, so that none is SKIPPED because another was CANCELLED
     freed = [name for start, after in ended for name in _see_to_dependents(book, start, after.task)]
     return Change(ended[0][1], freed)
 
 
-def _cancel_one(book: Book, row: Row, who: Who, why: str) -> Row:
+def _cancel_one(book: Book, row: Row, who: Who, op: str, why: str) -> Row:
     after, event = stepped(
         row,
         "moved",
         moment=book.now,
         actor=who.actor,
-        op=who.asks("cancel"),
+        op=who.asks(op),
         to=_S.CANCELLED,
         why=why,
         source=who.source,

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Final
 
 from ledger_tasks.book import Book, Edge, Row, Wanted, by_urgency, columns_of
-from ledger_tasks.model import EVENT_COLUMNS, Task, TaskEvent, at, micros_of, to_json
+from ledger_tasks.model import EVENT_COLUMNS, Task, TaskEvent, at, compact, micros_of
 from ledger_tasks.states import ENDED, LOST, TaskState
 
 SCHEMA_VERSION: Final = 1
@@ -115,9 +115,9 @@ class SqlBook(Book):
         return {
             "session": self.session, "id": task.id, "state": task.state.value, "lane": lane_of(task),
             "type": str(task.type), "priority": task.priority, "assignee": task.assignee, "parent": task.parent,
-            "due": micros_of(task.not_before), "claim": row.claim, "lease": row.lease, "until": row.until,
+            "due": max(0, micros_of(task.not_before)), "claim": row.claim, "lease": row.lease, "until": row.until,
             "mono": row.mono, "boot": row.boot, "op": row.op, "said": row.said, "version": task.version, "hash": row.hash,
-            "doc": to_json(task.said(), f"task {task.id!r}"),
+            "doc": compact(task.said()),
         }  # fmt: skip
 
     def _append(self, event: TaskEvent) -> None:
@@ -272,9 +272,13 @@ class SqlBook(Book):
             if one is not None:
                 tests.append(f"{name} = :{name}")
                 values[name] = one
-        for word in filter(None, (wanted.tag and json.dumps(wanted.tag, ensure_ascii=False), wanted.text)):
-            tests.append(f"LOWER(doc) LIKE :word{len(tests)} ESCAPE '\\'")
-            values[f"word{len(tests) - 1}"] = f"%{_escaped(word.lower())}%"
+        if wanted.tag:  # whatever holds it anywhere: `TaskLedger.tasks` looks at the tags themselves
+            tests.append("doc LIKE :tag ESCAPE '\\'")
+            values["tag"] = f"%{_escaped(_as_in_doc(wanted.tag))}%"
+        if wanted.text:  # as it is written too: a database may know no capitals but those of English
+            tests.append("(LOWER(doc) LIKE :lower ESCAPE '\\' OR doc LIKE :text ESCAPE '\\')")
+            values["text"] = f"%{_escaped(_as_in_doc(wanted.text)[1:-1])}%"
+            values["lower"] = values["text"].lower()
         order = "DESC" if wanted.newest_first else "ASC"
         sql = (
             f"SELECT {_ROW} FROM {self.source} WHERE {' AND '.join(tests)} ORDER BY num {order} LIMIT :limit"
@@ -302,6 +306,11 @@ class SqlBook(Book):
             name: json.loads(about)
             for name, about in self.do("SELECT session, about FROM task_sessions ORDER BY 1")
         }
+
+
+def _as_in_doc(text: str) -> str:
+    """A string as it stands in a task's document."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _escaped(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import getpass
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from ledger_tasks.book import Book, Row, TaskStore, Wanted, by_urgency
 from ledger_tasks.errors import NoSuchTask
 from ledger_tasks.model import (
     GIVEN,
+    LONGEST,
     Claim,
     Dep,
     OnFailure,
@@ -76,14 +78,15 @@ class TaskLedger:
         self, where: Where = None, *, agent: str | None = None, session: str = "main", source: str = "",
         lease: float = 300.0, **settings: Any,
     ) -> None:  # fmt: skip
-        if not lease > 0:
-            raise UsageError(f"lease={lease!r} is not a number of seconds above 0")
+        if not 0 < lease <= LONGEST:
+            raise UsageError(f"lease={lease!r} is not a number of seconds above 0, up to {LONGEST:g}")
         self.agent = refuse_odd(whoami() if agent is None else agent, "the name of an agent")
         self.session = refuse_odd(session, "the name of a session")
         self.source = refuse_odd(source, "the name of a source")
         self.lease = lease
         self._where, self._settings = where, settings
         self._opened: TaskStore | None = None
+        self._door = threading.Lock()
         #: names of other programs' states, before ours and the usual ones are tried
         self.mapping: dict[str, str] = {}
 
@@ -93,7 +96,9 @@ class TaskLedger:
     def store(self) -> TaskStore:
         """Where the tasks are kept; opened when first used."""
         if self._opened is None:
-            self._opened = open_tasks(self._where, self._settings)
+            with self._door:  # or two threads open two, and a memory:// of one is lost with what it took
+                if self._opened is None:
+                    self._opened = open_tasks(self._where, self._settings)
         return self._opened
 
     def _read(self, look: Callable[[Any], T]) -> T:
@@ -229,7 +234,7 @@ class TaskLedger:
             tag=tag or "", text=text or "", session=None if all_sessions else self.session,
         )  # fmt: skip
         while page := self._read(lambda book: book.page(wanted, _PAGE)):
-            yield from (row.task for row in page)
+            yield from (row.task for row in page if not tag or tag in row.task.tags)
             wanted.after = page[-1].num
 
     def list_tasks(self, **wanted: Any) -> list[Task]:
@@ -307,7 +312,8 @@ class TaskLedger:
         """
         options = {"capabilities": capabilities, "types": types}
         claim = self._claimed(ops.claim_next, agent, lease, **options)
-        if claim is None and self._has_lapsed() and self.recover():
+        if claim is None and self._has_lapsed():
+            self.recover()  # what is DEAD by that may have freed others
             claim = self._claimed(ops.claim_next, agent, lease, **options)
         return claim
 
@@ -320,8 +326,10 @@ class TaskLedger:
         **options: Any,
     ) -> Claim | None:
         seconds = self.lease if lease is None else lease
-        if not seconds > 0:
-            raise UsageError(f"lease={lease!r} is not a number of seconds above 0; nothing was claimed")
+        if not 0 < seconds <= LONGEST:
+            raise UsageError(
+                f"lease={lease!r} is not a number of seconds above 0, up to {LONGEST:g}; nothing was claimed"
+            )
         who = Who(self._actor(agent), ledger.new_token(), self.source)
         row = self._write(operation, *args, who=who, lease=seconds, **options)
         return None if row is None else Claim(row.task, who.actor, who.token, seconds)
@@ -426,6 +434,10 @@ class TaskLedger:
         self, task: Named, error: str, agent: str | None, retry_in: float | None, usage: dict[str, Any],
         expected: int | None, *, route: bool = False,
     ) -> Change:  # fmt: skip
+        if retry_in is not None and not 0 <= retry_in <= LONGEST:
+            raise UsageError(
+                f"retry_in={retry_in!r} is not a number of seconds from 0 to {LONGEST:g}; nothing was changed"
+            )
         options: dict[str, Any] = {"usage": usage, "retry_in": retry_in, "expected": expected, "route": route}
         return self._write(ops.fail, _id_of(task), self._holder(task, agent), error, **options)
 
