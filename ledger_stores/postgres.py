@@ -21,14 +21,15 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib import resources
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import psycopg
 from psycopg.abc import RV, PQGen
-from psycopg.generators import execute
+from psycopg.generators import execute, fetch_many, pipeline_communicate
 from psycopg.pq import ExecStatus, TransactionStatus
 from psycopg.rows import tuple_row
 
@@ -46,6 +47,10 @@ _RETRY_SECONDS = 5.0
 #: what a ledger that is closed for a move answers; the message says why
 MOVED = "LM001"
 _DEADLOCK = "40P01"
+#: others were in the way of a transaction, which is done again: serialization, deadlock, uniqueness
+_OVERTAKEN = ("40001", _DEADLOCK, "23505")
+#: so many statements of a transaction wait for a question to go with
+_UNSENT = 500
 
 
 class PostgresStore(ServerStore):
@@ -293,6 +298,40 @@ class PostgresStore(ServerStore):
             return verdict_from(json.loads(told), op)
         return Verdict("granted", op.first_row(int(started or 0), 0)._replace(mono=0))
 
+    def ask(self, sql: str, values: Mapping[str, Any]) -> list[Row]:
+        """The rows of one statement in a transaction of its own, with `:name` for a value and `:ns` for the schema.
+
+        It may be asked twice.
+        """
+        return self._insist(self._rows_of, _asked(sql, values, self.namespace))
+
+    def _rows_of(self, db: _Connection, asked: _Asked) -> list[Row]:
+        return _rows_in(db.answers([asked], prepares=self._prepares)[0])
+
+    def submit(self, perform: Callable[[PostgresTransaction], T], *, durable: bool = True) -> T:
+        """Call `perform` inside a transaction of its own; returns its answer after the commit.
+
+        It may be called again on another connection: when others were in the way (deadlock, serialization,
+        uniqueness) or the connection broke, and then with `again` if nobody knows whether the first COMMIT
+        happened. It must only execute statements; whatever it raises rolls them back.
+        """
+        limit, again = time.monotonic() + _RETRY_SECONDS, False
+
+        def attempt(db: _Connection) -> T:
+            nonlocal again
+            work = PostgresTransaction(db, self, durable=durable, again=again)
+            try:
+                return work.do(perform)
+            finally:
+                again = work.again
+
+        while True:
+            try:
+                return self._insist(attempt)
+            except _Overtaken as error:
+                if time.monotonic() > limit:
+                    raise self._translated(error.cause) from error
+
     def perform_on(self, connection: Any, op: Op) -> Verdict:
         """Apply one operation inside the transaction that is open on a user's connection."""
         if not isinstance(op, ledger.Settle):
@@ -486,6 +525,91 @@ class PostgresStore(ServerStore):
         self._connections = self._listening = None
 
 
+class _Overtaken(Exception):
+    """The transaction was rolled back because of others; doing it again helps."""
+
+    def __init__(self, cause: psycopg.Error) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+class PostgresTransaction:
+    """An open transaction, for what is given to `PostgresStore.submit`.
+
+    A statement is SQL with `:name` for a value and `:ns` for the schema. What is told goes to the server with
+    the next question, or with the COMMIT, in one round trip. Nothing outlives the transaction in the session.
+    """
+
+    def __init__(self, db: _Connection, store: PostgresStore, *, durable: bool, again: bool) -> None:
+        #: whether an earlier try may have been committed: its reply was lost
+        self.again = again
+        self._db, self._store = db, store
+        # a process that is paused in here holds its rows against all others: the server ends its transaction
+        ends = f"set_config('idle_in_transaction_session_timeout', '{int(store.lock_seconds * 1000)}', true)"
+        self._unsent: list[_Asked] = [
+            _NOTHING_SENT,
+            _asked(f"SELECT {ends}" + store._lasting(durable), {}, ""),
+        ]
+        self._has_begun = False
+
+    def tell(self, sql: str, values: Mapping[str, Any]) -> None:
+        """A statement whose answer is of no interest."""
+        self._unsent.append(_asked(sql, values, self._store.namespace))
+        if len(self._unsent) >= _UNSENT:
+            self._send()
+
+    def ask(self, sql: str, values: Mapping[str, Any]) -> list[Row]:
+        """The rows of a statement."""
+        return self.ask_all([(sql, values)])[0]
+
+    def ask_all(self, questions: Sequence[tuple[str, Mapping[str, Any]]]) -> list[list[Row]]:
+        """The rows of several statements, one after the other, in one round trip."""
+        self._unsent += [_asked(sql, values, self._store.namespace) for sql, values in questions]
+        return [_rows_in(found) for found in self._send()[-len(questions) :]]
+
+    def script(self, text: str) -> None:
+        """Statements without values, as a file holds them."""
+        self._send()
+        self._db.execute(text.replace(":ns", self._store.namespace))
+
+    def do(self, perform: Callable[[PostgresTransaction], T]) -> T:
+        """Perform and commit, or roll back."""
+        try:
+            answer = perform(self)
+            self._commit()
+        except psycopg.Error as error:
+            self._roll_back()
+            if error.sqlstate in _OVERTAKEN:
+                raise _Overtaken(error) from error
+            raise
+        except BaseException:
+            self._roll_back()
+            raise
+        return answer
+
+    def _commit(self) -> None:
+        if self._has_begun or len(self._unsent) > 2:
+            self._unsent.append(_COMMIT)
+            try:
+                self._send()
+            except psycopg.Error as error:
+                self.again = self.again or (_is_broken(error) and error.sqlstate != _DEADLOCK)
+                raise
+
+    def _roll_back(self) -> None:
+        # whatever is left open, `_give` closes with the connection
+        if self._has_begun and self._db.pgconn.transaction_status in (
+            TransactionStatus.INTRANS, TransactionStatus.INERROR,
+        ):  # fmt: skip
+            with suppress(psycopg.Error):
+                self._db.answers([_ROLLBACK], prepares=False)
+
+    def _send(self) -> list[Any]:
+        unsent, self._unsent = self._unsent, []
+        self._has_begun = True
+        return self._db.answers(unsent, prepares=self._store._prepares)
+
+
 class _Statement(NamedTuple):
     """A statement that is asked often; its name says all that is in it, whoever prepared it."""
 
@@ -497,6 +621,46 @@ class _Statement(NamedTuple):
 def _statement(sql: str, namespace: str) -> _Statement:
     text = sql.replace(":ns", namespace).encode()
     return _Statement(b"ledger_" + hashlib.sha256(text).hexdigest()[:24].encode(), text)
+
+
+class _Asked(NamedTuple):
+    """A statement with its values."""
+
+    statement: _Statement
+    values: list[bytes | None]
+
+
+@functools.lru_cache(1000)
+def _in_dollars(sql: str, namespace: str) -> tuple[_Statement, tuple[str, ...]]:
+    """A statement with `$1` for the first name that stands in it, and the names."""
+    names: dict[str, int] = {}
+
+    def numbered(found: re.Match[str]) -> str:
+        return f"${names.setdefault(found[1], len(names) + 1)}"
+
+    text = re.sub(r"(?<![:\w]):([a-z_]\w*)", numbered, sql.replace(":ns", namespace))
+    return _statement(text, namespace), tuple(names)
+
+
+def _asked(sql: str, values: Mapping[str, Any], namespace: str) -> _Asked:
+    statement, names = _in_dollars(sql, namespace)
+    return _Asked(statement, [_packed(values[name]) for name in names])
+
+
+_NOTHING_SENT, _COMMIT, _ROLLBACK = (_asked(sql, {}, "") for sql in ("BEGIN", "COMMIT", "ROLLBACK"))
+#: how the types that our tables have are read; all else is text
+_READERS: dict[int, Callable[[bytes], Any]] = {16: b"t".__eq__, 20: int, 21: int, 23: int, 701: float}
+
+
+def _rows_in(found: Any) -> list[Row]:
+    readers = [_READERS.get(found.ftype(n), bytes.decode) for n in range(found.nfields)]
+    return [
+        tuple(
+            None if (value := found.get_value(row, n)) is None else read(value)
+            for n, read in enumerate(readers)
+        )
+        for row in range(found.ntuples)
+    ]
 
 
 class _Connection(psycopg.Connection[Row]):
@@ -544,6 +708,49 @@ class _Connection(psycopg.Connection[Row]):
             self.pgconn.send_query_prepared(name, values)
         found = self._answer()
         return [found.get_value(0, n) for n in range(found.nfields)] if found.ntuples else []
+
+    def answers(self, asked: Sequence[_Asked], *, prepares: bool) -> list[Any]:
+        """The answers to several statements that are sent at once; raises the first error among them."""
+        self.pgconn.enter_pipeline_mode()
+        new = self._new_names(asked) if prepares else {}
+        told = self.wait(
+            self._exchange(self._sender(asked, new, prepares=prepares), len(new) + len(asked) + 1)
+        )
+        self.pgconn.exit_pipeline_mode()
+        # what was prepared stays prepared, also when a statement after it fails
+        self._names |= {
+            name for name, made in zip(new, told, strict=False) if made.status == ExecStatus.COMMAND_OK
+        }
+        for found in told:
+            if found.status == ExecStatus.FATAL_ERROR:
+                raise psycopg.errors.error_from_result(found)
+        return told[len(new) : -1]
+
+    def _exchange(self, send: Callable[[], None], count: int) -> PQGen[list[Any]]:
+        answers = yield from pipeline_communicate(self.pgconn, deque([send]))
+        while len(answers) < count:
+            answers.append((yield from fetch_many(self.pgconn)))
+        return [found for [found, *_] in answers]
+
+    def _new_names(self, asked: Sequence[_Asked]) -> dict[bytes, bytes]:
+        return {
+            one.statement.name: one.statement.text for one in asked if one.statement.name not in self._names
+        }
+
+    def _sender(
+        self, asked: Sequence[_Asked], new: Mapping[bytes, bytes], *, prepares: bool
+    ) -> Callable[[], None]:
+        def send() -> None:
+            for name, text in new.items():
+                self.pgconn.send_prepare(name, text)
+            for (name, text), values in asked:
+                if prepares:
+                    self.pgconn.send_query_prepared(name, values)
+                else:
+                    self.pgconn.send_query_params(text, values)
+            self.pgconn.pipeline_sync()
+
+        return send
 
     def _answer(self) -> Any:
         found = self.wait(execute(self.pgconn))[-1]

@@ -223,7 +223,7 @@ def add(book: Book, tasks: Sequence[Task], who: Who, token: str, *, backlog: boo
     for parent in parents:
         _hand_to_parts(book, parent, [edge for edge in parts if edge.task == parent.task.id], who)
     book.connect([*own, *parts])
-    if any(row.task.state in LOST for row in known.values()):
+    if any(row.task.state in LOST for row in _rows(book, known).values()):  # by now they are held
         _end_hopeless(book, names)
     made = _rows(book, names)
     return [made[name] for name in names]
@@ -415,6 +415,8 @@ def claim_task(book: Book, task_id: str, who: Who, lease: float) -> Row | None:
     if book.again and (mine := book.claimed(who.token)):
         return mine
     row = find(book, task_id)
+    if book.again and row.claim == who.token:  # the first try was just being committed
+        return row
     is_free = row.task.ready and micros_of(row.task.not_before) <= book.now
     return _claim(book, row, who, lease) if is_free else None
 

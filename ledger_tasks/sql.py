@@ -70,6 +70,8 @@ class SqlBook(Book):
     #: what holds a row that is read, until the end of the transaction; one that another claims is passed over
     hold: ClassVar[str] = ""
     hold_first: ClassVar[str] = ""
+    #: events of all tasks that no other with a smaller number can follow; those of one task are in order anyway
+    log: ClassVar[str] = "task_events"
     #: whether a lease has run out
     is_over: ClassVar[str] = "until <= :now"
 
@@ -294,12 +296,13 @@ class SqlBook(Book):
     ) -> list[TaskEvent]:
         test = "" if every else " AND session = :session"
         test += "" if task_id is None else " AND task = :task"
-        sql = f"SELECT {_EVENT} FROM task_events WHERE seq > :after{test} ORDER BY seq LIMIT :limit"
+        log = self.log if task_id is None else "task_events"
+        sql = f"SELECT {_EVENT} FROM {log} WHERE seq > :after{test} ORDER BY seq LIMIT :limit"
         found = self.do(sql, after=after, session=self.session, task=task_id or "", limit=limit)
         return [event_from(one) for one in found]
 
     def last_seq(self) -> int:
-        return int(self.do("SELECT COALESCE(MAX(seq), 0) FROM task_events")[0][0])
+        return int(self.do(f"SELECT COALESCE(MAX(seq), 0) FROM {self.log}")[0][0])
 
     def sessions(self) -> dict[str, dict[str, Any]]:
         return {
