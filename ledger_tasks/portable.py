@@ -480,8 +480,13 @@ def _take_in_rest(book: Book, story: Story) -> None:
         sql = "UPDATE task_sessions SET about = :about WHERE session = :session AND about = '{}'"
         book.do(sql, session=book.session, about=_json(story.about))
     known = {_json(delivery) for delivery in deliveries_of(book)}
+    add_deliveries(book, [one for one in story.deliveries if _json(one) not in known])
+
+
+def add_deliveries(book: SqlBook, deliveries: Iterable[Mapping[str, Any]]) -> None:
+    """Write down what was delivered."""
     names = ", ".join(_DELIVERY)
-    sql = f"INSERT INTO task_deliveries (session, {names}) VALUES (:session, {', '.join(f':{n}' for n in _DELIVERY)})"
-    for delivery in story.deliveries:
-        if _json(delivery) not in known:
-            book.do(sql, session=book.session, **delivery)
+    values = ", ".join(f":{name}" for name in _DELIVERY)
+    for delivery in deliveries:
+        sql = f"INSERT INTO task_deliveries (session, {names}) VALUES (:session, {values})"
+        book.do(sql, session=book.session, **delivery)
