@@ -136,6 +136,9 @@ class JsonBook(SqliteBook):
     def last_seq(self) -> int:
         return max(self._store.each(lambda book: book.last), default=self.last)
 
+    def stamp(self) -> str | None:
+        return None  # it is in memory already
+
     def sessions(self) -> dict[str, dict[str, Any]]:
         return self._store.sessions()
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from ledger import StoreError
 from ledger_tasks.book import Book, Row, TaskStore, Wanted, columns_of
 from ledger_tasks.model import Task, TaskEvent, apply, hash_of, plain
 from ledger_tasks.states import ENDED, HELD, LEASED, LOST, NEXT, TaskState
@@ -133,6 +134,7 @@ class _Inspection:
 
     def __init__(self, store: TaskStore, session: str) -> None:
         self._store, self._session = store, session
+        self._way: Callable[..., Any] = store.read
         self._tasks = self._events = 0
         self._faults: list[str] = []
 
@@ -151,7 +153,8 @@ class _Inspection:
         self._faults += faults
 
     def _read(self, look: Callable[[Any], T]) -> T:
-        return self._store.read(self._session, look)
+        found: T = self._way(self._session, look)
+        return found
 
     def _pages(self) -> Iterator[list[Row]]:
         wanted = Wanted()
@@ -160,15 +163,25 @@ class _Inspection:
             wanted.after = rows[-1].num
 
     def _believed(self, look: Callable[[], tuple[object, list[str]]]) -> list[str]:
-        """What is wrong by two looks that saw the same: a task that moves meanwhile is no fault."""
+        """What is wrong by two looks that saw the same, and by one while nobody writes: moving on is no fault."""
         before: tuple[object, list[str]] = None, []
         for pause in _PAUSES:
             found = look()
             if not found[1] or found == before:
-                return found[1]
+                break
             before = found
             time.sleep(pause)
-        return before[1]
+        return self._confirmed(look, found[1]) if found[1] else []
+
+    def _confirmed(self, look: Callable[[], tuple[object, list[str]]], faults: list[str]) -> list[str]:
+        """The faults, if a transaction sees them too: a server may show events to readers later than snapshots."""
+        self._way = self._store.write
+        try:
+            return look()[1]
+        except StoreError:  # it can be read only: what was seen twice stands
+            return faults
+        finally:
+            self._way = self._store.read
 
     def _story(self, name: str) -> tuple[object, list[str]]:
         """What the events of a task make of it, against its snapshot."""
