@@ -172,6 +172,10 @@ class Book(ABC):
     def last_seq(self) -> int:
         """The number of the newest event of all sessions, 0 if there is none."""
 
+    def stamp(self) -> str | None:
+        """A text that is the same only as long as no event was added; None: this store cannot tell that for certain."""
+        return None
+
     @abstractmethod
     def sessions(self) -> dict[str, dict[str, Any]]:
         """Every session, with what was kept about it."""

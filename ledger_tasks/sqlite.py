@@ -67,6 +67,11 @@ class SqliteBook(SqlBook):
         micros = int(row.lease * 1e6)
         return replace(row, until=self.now + micros, mono=self._clock.mono() + micros, boot=ledger._me().boot)
 
+    def stamp(self) -> str | None:
+        """The newest event: they are numbered in the order of their commits, and its hash tells files apart."""
+        found = self.do("SELECT seq, hash FROM task_events ORDER BY seq DESC LIMIT 1")
+        return f"{found[0][0]}:{found[0][1]}" if found else ""
+
     def clocks(self) -> dict[str, Any]:
         """Both clocks, and whose the second is."""
         return {"now": self.now, "mono": self._clock.mono(), "boot": ledger._me().boot}

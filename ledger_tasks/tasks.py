@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import ledger
 from ledger import UsageError
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from ledger_tasks.awareness import Awareness
     from ledger_tasks.deliveries import Delivery, Verdict
     from ledger_tasks.metrics import Metrics
+    from ledger_tasks.portable import Imported
     from ledger_tasks.verify import Report
 
 T = TypeVar("T")
@@ -595,6 +596,22 @@ class TaskLedger:
         from ledger_tasks.verify import verify
 
         return verify(self, all_sessions=all_sessions)
+
+    def export(self, target: str | os.PathLike[str] | TextIO) -> int:
+        """Write the session as one JSON document, made for git, to a file or a stream; how many tasks it has."""
+        from ledger_tasks.portable import export
+
+        return export(self, target)
+
+    def import_from(self, source: str | os.PathLike[str] | TextIO) -> Imported:
+        """Take in what `export` wrote of this session: all of it or nothing; what is there already stays as it is.
+
+        A longer story of the same beginning continues it. Raises `DuplicateTask` where a task has another story
+        here, `Tampered` where the file was changed, `StoreError` where it is no such file.
+        """
+        from ledger_tasks.portable import import_from
+
+        return import_from(self, source)
 
     def subscribe(
         self, after: int | None = None, *, every: float = 0.1, all_sessions: bool = False
