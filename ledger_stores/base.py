@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,9 +31,17 @@ _COUNTS = 250
 _SUCCEEDED = 10_000
 #: how many questions of event loops are asked at once, and how long their thread waits for another
 _AT_ONCE, _IDLE_SECONDS = 64, 5.0
+#: how long an event loop waits itself for what it asked
+_LOOP_SECONDS = 0.25
+#: how long an operation is repeated after its connection was lost
+RETRY_SECONDS = 5.0
+#: what a talk with a server yields when it waits for the server, and what it is told when there is something to read
+READABLE = 1
 Count = tuple[str, int, str, str, str, str, str | None, str | None]
 #: status, released, result and number of a run
 Brief = tuple[str, int, str | None, int]
+#: sends questions and ends with their answers; see `READABLE`
+Talk = Generator[int, int | None, list[Any]]
 
 
 def without_password(url: str) -> str:
@@ -65,6 +73,8 @@ class ServerStore(Store):
     logs_by_call = False
     #: what a namespace does there
     namespace_does = "begin keys"
+    #: the connections that are open, or None
+    _connections: Any
 
     def __init__(
         self,
@@ -107,6 +117,8 @@ class ServerStore(Store):
         self._offset = 0.0
         self._offset_at = 0.0
         self._holders: dict[str, str | None] = {}
+        self._lanes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Lane] = weakref.WeakKeyDictionary()
+        self._making_lanes = threading.Lock()
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
@@ -130,6 +142,41 @@ class ServerStore(Store):
 
     def _apply(self, op: Op) -> Verdict:
         """Send the operation and read its verdict."""
+        raise NotImplementedError
+
+    # -- event loops --
+
+    def _lane(self) -> Lane:
+        """Where the tasks of the running loop ask together."""
+        loop = asyncio.get_running_loop()
+        return self._lanes.get(loop) or self._new_lane(loop)
+
+    def _new_lane(self, loop: asyncio.AbstractEventLoop) -> Lane:
+        with self._making_lanes:
+            for other, lane in list(self._lanes.items()):
+                if other.is_closed():  # in the midst, without a word to its tasks
+                    lane.hand_over()
+            made = self._lanes[loop] = Lane(self)
+        return made
+
+    def _talk(self, connection: Any, asked: list[Any]) -> Talk:
+        """Ask so many questions on a connection."""
+        raise NotImplementedError
+
+    def _read_out(self, connection: Any, talk: Talk) -> list[Any]:
+        """What such a talk ends with; in a thread."""
+        raise NotImplementedError
+
+    def _ask_all(self, asked: list[Any]) -> list[Any]:
+        """The same from the beginning, on any connection; in a thread."""
+        raise NotImplementedError
+
+    def _ask_one(self, asked: Any) -> Any:
+        """The answer to one question; in a thread, as often as it makes sense."""
+        raise NotImplementedError
+
+    def _translated(self, error: Exception) -> ledger.StoreError:
+        """An error of the driver in our words."""
         raise NotImplementedError
 
     # -- duplicates of what this process made or saw --
@@ -518,6 +565,183 @@ class Together:
         while len(batch) < _AT_ONCE and not self._asked.empty():
             batch.append(self._asked.get())
         return batch
+
+
+class Lane:
+    """What tasks of one event loop ask at the same moment is asked together, by the loop itself.
+
+    A thread for each question costs more than the question.  Threads see to what takes long, what fails
+    and what cancelled tasks left, so a loop may end at any moment.
+    """
+
+    def __init__(self, store: ServerStore) -> None:
+        self._store = weakref.ref(store)
+        self._waiting: list[_Asked] = []
+        self._under_way: _UnderWay | None = None
+        self._is_due = False
+
+    async def ask(self, words: Any, unwanted: Callable[[Any], object]) -> Any:
+        """The answer; `unwanted` gets it, in whatever thread, if the caller was cancelled meanwhile."""
+        loop = asyncio.get_running_loop()
+        asked = _Asked(words, loop.create_future(), unwanted)
+        self._waiting.append(asked)
+        if self._under_way is None and not self._is_due:
+            self._is_due = True
+            loop.call_soon(self._send)  # not now: other tasks may be about to ask too
+        try:
+            return await asked.future
+        except (asyncio.CancelledError, GeneratorExit):
+            if asked in self._waiting:
+                self._waiting.remove(asked)
+            else:
+                asked.left()
+                self.hand_over()
+            raise
+
+    def hand_over(self) -> None:
+        """Let a thread take the answers to what is under way: the loop may end before they come."""
+        if self._under_way is not None:
+            self._under_way.hand_over()
+
+    def _send(self) -> None:
+        """Ask what is waiting, as much as may be under way: nothing was, or it has just ended."""
+        self._is_due, self._under_way = False, None
+        store = self._store()
+        while store is not None and self._waiting and self._under_way is None:
+            under_way = _UnderWay(store, self._waiting[:_AT_ONCE], self._send)
+            del self._waiting[:_AT_ONCE]
+            if under_way.begin():
+                self._under_way = under_way
+
+
+class _UnderWay:
+    """Questions that were asked together. The loop takes the answers that come soon, a thread all others."""
+
+    def __init__(self, store: ServerStore, asked: list[_Asked], ended: Callable[[], None]) -> None:
+        self._store, self._asked, self._ended = store, asked, ended
+        self._loop = asked[0].future.get_loop()
+        self._begun = time.monotonic()
+        self._connections: Any = None
+        self._db: Any = None
+        self._talk: Talk | None = None
+        self._reads_from: int | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_passed_on = False
+
+    def begin(self) -> bool:
+        """Ask on a connection that is idle, as to make one is for a thread; whether the loop waits for answers."""
+        self._connections = self._store._connections
+        self._db = self._connections and self._connections.idle()
+        if self._db is None:
+            self._pass_on(self._see_through)
+        else:
+            self._talk = self._store._talk(self._db, self._words())
+            self._go_on(self._talk, None)
+        return self._reads_from is not None
+
+    def _words(self) -> list[Any]:
+        return [asked.words for asked in self._asked]
+
+    def _go_on(self, talk: Talk, ready: int | None) -> None:
+        """As far as it goes without waiting."""
+        try:
+            waits_for = talk.send(ready)
+        except StopIteration as end:
+            self._stop()
+            self._connections.give(self._db)
+            self._answer(end.value)
+            _tell_all(self._asked)
+            self._end()
+        except BaseException as error:
+            self._stop()
+            self._connections.give(self._db)
+            told = error if isinstance(error, Exception) else ledger.StoreError(f"interrupted by {error!r}")
+            self._pass_on(functools.partial(self._failed, told))
+            if told is not error:
+                raise
+        else:
+            if waits_for != READABLE:  # more than the server takes at once
+                self.hand_over()
+            elif ready is None:
+                self._listen(talk)
+
+    def _listen(self, talk: Talk) -> None:
+        number = self._db.fileno()
+        try:
+            self._loop.add_reader(number, self._go_on, talk, READABLE)
+        except (NotImplementedError, RuntimeError):  # Windows' loop cannot; or it was closed
+            self.hand_over()
+        else:
+            self._reads_from = number
+            self._timer = self._loop.call_later(_LOOP_SECONDS, self.hand_over)
+
+    def _stop(self) -> None:
+        if self._timer is not None and self._reads_from is not None:
+            self._timer.cancel()
+            self._timer = None
+            with suppress(RuntimeError):  # the loop was closed
+                self._loop.remove_reader(self._reads_from)
+
+    def hand_over(self) -> None:
+        """Let a thread take the answers."""
+        if not self._is_passed_on:
+            self._stop()
+            self._pass_on(self._see_through)
+
+    def _pass_on(self, work: Callable[[], object]) -> None:
+        self._is_passed_on = True
+        self._in_thread(work)
+        self._end()
+
+    def _in_thread(self, work: Callable[[], object]) -> None:
+        try:
+            self._store.executor.submit(work)
+        except RuntimeError:  # the program ends: there are no more threads, and nobody who would wait for us
+            work()
+
+    def _end(self) -> None:
+        if self._reads_from is not None:
+            self._ended()
+
+    # -- in a thread --
+
+    def _see_through(self) -> None:
+        try:
+            answers = self._finish(self._talk) if self._talk else self._store._ask_all(self._words())
+        except Exception as error:  # noqa: BLE001 - it belongs to those who wait
+            self._failed(error)
+        else:
+            self._answer(answers)
+            ledger._call_loop(self._loop, functools.partial(_tell_all, self._asked))
+
+    def _finish(self, talk: Talk) -> list[Any]:
+        try:
+            return self._store._read_out(self._db, talk)
+        finally:
+            self._connections.give(self._db)
+
+    def _failed(self, error: Exception) -> None:
+        """Ask each alone, so that the one that fails takes no other along; after a long wait nothing more."""
+        if time.monotonic() - self._begun < RETRY_SECONDS:
+            for asked in self._asked[1:]:
+                self._in_thread(functools.partial(self._ask_alone, asked))
+            self._ask_alone(self._asked[0])
+        else:
+            told = error if isinstance(error, ledger.StoreError) else self._store._translated(error)
+            self._answer([told] * len(self._asked))
+            ledger._call_loop(self._loop, functools.partial(_tell_all, self._asked))
+
+    def _ask_alone(self, asked: _Asked) -> None:
+        try:
+            answer = self._store._ask_one(asked.words)
+        except Exception as error:  # noqa: BLE001 - it belongs to the one who waits
+            answer = error
+        asked.arrived(answer)
+        ledger._call_loop(self._loop, asked.tell)
+
+    def _answer(self, answers: Sequence[Any]) -> None:
+        for asked, answer in zip(self._asked, answers, strict=True):
+            asked.arrived(answer)
 
 
 def _tell_all(asked: Sequence[_Asked]) -> None:

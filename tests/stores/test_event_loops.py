@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
 from collections import Counter
@@ -14,6 +15,7 @@ from ledger import Guard, StoreError
 from ledger_stores.postgres import PostgresStore
 from ledger_stores.redis import RedisStore
 from ledger_stores.testing import in_parallel
+from tests.actors import eventually
 from tests.stores.redis_kit import RedisServer, redis_url
 from tests.stores.servers import fresh_namespace, postgres_url
 
@@ -99,6 +101,28 @@ def test_a_loop_that_ends_in_the_midst_leaves_no_run_open(guard: Guard) -> None:
     asyncio.run(leave())
 
     assert list(range(20)) == asyncio.run(work())
+
+
+def test_a_loop_that_is_closed_without_a_word_leaves_no_run_open(guard: Guard) -> None:
+    """Its tasks are not even cancelled: when they are collected, what was claimed for them is given back."""
+
+    async def work(*orders: int) -> list[int]:
+        return await asyncio.gather(*(guard(pay, n) for n in orders))
+
+    def is_given_back() -> bool:
+        gc.collect()
+        return asyncio.run(work(1)) == [1] and guard.stats()["running"] == 0
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(work(1, 2))
+    tasks = [loop.create_task(guard(pay, n)) for n in range(3, 20)]
+    for _ in range(3):  # their claims are sent
+        loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    del loop, tasks
+
+    eventually(is_given_back)
+    assert list(range(20)) == asyncio.run(work(*range(20)))
 
 
 def test_a_forked_child_asks_for_itself(guard: Guard) -> None:
