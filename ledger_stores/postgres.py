@@ -24,7 +24,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
@@ -100,10 +99,6 @@ class PostgresStore(ServerStore):
                     raise self._translated(error) from error
             time.sleep(0.05)
         return _Connections(self._connect, self.connections, self.lock_seconds)
-
-    def _new_executor(self) -> ThreadPoolExecutor:
-        """A thread for each connection; none is made before it is needed."""
-        return ThreadPoolExecutor(self.connections, thread_name_prefix="ledger-async")
 
     def _connect(self) -> _Connection:
         db = _Connection.connect(
@@ -298,29 +293,23 @@ class PostgresStore(ServerStore):
     # -- event loops: what tasks ask at one moment is one transaction --
 
     async def transact_async(self, op: Op) -> Verdict:
-        """`transact` without blocking the event loop, together with what other tasks ask at that moment.
-
-        A claim that is granted to a cancelled caller is given back.
-        """
+        """`transact` without blocking the event loop, in one transaction with what other tasks ask then."""
         if isinstance(op, ledger.Reset):  # it asks for the time first
             return await super().transact_async(op)
-
-        def give_back(found: list[bytes | None]) -> None:
-            verdict = self._verdict(op, found)
-            if isinstance(op, ledger.Claim) and verdict.kind == "granted" and verdict.row is not None:
-                self.keeper.keep(ledger._not_entered(op, verdict.row.run))
-
-        return self._noted(op, self._verdict(op, await self._lane().ask(self._question(op), give_back)))
+        return await self._transact_together(op)
 
     def _talk(self, connection: _Connection, asked: list[_Question]) -> Talk:
         """All in one transaction, in the order of calls, so that two of these never cross."""
+        if len(asked) == 1:
+            sent = [self._packed(asked[0], lasts=bool(asked[0].durable))]
+            return (yield from connection.talk(sent, prepares=self._prepares))
         order = sorted(range(len(asked)), key=lambda n: str(asked[n].values[0]))
         lasts = any(question.durable for question in asked)
         sent = [self._packed(asked[n], lasts=lasts) for n in order]
-        if len(sent) > 1:
-            sent.insert(0, (_statement(_ASIDE, self.namespace), []))
-        rows = yield from connection.talk(sent, prepares=self._prepares)
-        return [row for _, row in sorted(zip(order, rows[-len(asked) :], strict=True))]
+        rows = yield from connection.talk(
+            [(_statement(_ASIDE, self.namespace), []), *sent], prepares=self._prepares
+        )
+        return [row for _, row in sorted(zip(order, rows[1:], strict=True))]
 
     def _packed(self, question: _Question, *, lasts: bool) -> tuple[_Statement, list[bytes | None]]:
         sql = question.sql + self._lasting(None if question.durable is None else lasts)
