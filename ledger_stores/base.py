@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-import queue
 import re
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import ledger
 from ledger import Claim, Clock, Now, Op, Record, Run, Settle, Store, UsageError, Verdict
@@ -29,11 +29,17 @@ NOTICE_SECONDS = 0.1
 _COUNTS = 250
 #: how many calls that succeeded a process remembers
 _SUCCEEDED = 10_000
-#: how many questions of event loops are asked at once, and how long their thread waits for another
-_AT_ONCE, _IDLE_SECONDS = 64, 5.0
+#: how many questions of an event loop are asked at once, and how long it waits itself for their answers
+_AT_ONCE, _LOOP_SECONDS = 64, 0.25
+#: how long an operation is repeated after its connection was lost
+RETRY_SECONDS = 5.0
+#: what a talk with a server yields when it waits for the server, and what it is told when there is something to read
+READABLE = 1
 Count = tuple[str, int, str, str, str, str, str | None, str | None]
 #: status, released, result and number of a run
 Brief = tuple[str, int, str | None, int]
+#: sends questions and ends with their answers; see `READABLE`
+Talk = Generator[int, int | None, list[Any]]
 
 
 def without_password(url: str) -> str:
@@ -65,6 +71,10 @@ class ServerStore(Store):
     logs_by_call = False
     #: what a namespace does there
     namespace_does = "begin keys"
+    #: how many operations of event loops are in threads at once
+    connections = 16
+    #: the connections that are open, or None
+    _connections: Any
 
     def __init__(
         self,
@@ -107,6 +117,8 @@ class ServerStore(Store):
         self._offset = 0.0
         self._offset_at = 0.0
         self._holders: dict[str, str | None] = {}
+        self._lanes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Lane] = weakref.WeakKeyDictionary()
+        self._making_lanes = threading.Lock()
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
@@ -130,6 +142,66 @@ class ServerStore(Store):
 
     def _apply(self, op: Op) -> Verdict:
         """Send the operation and read its verdict."""
+        raise NotImplementedError
+
+    # -- event loops --
+
+    async def _transact_together(self, op: Op) -> Verdict:
+        """`transact` without blocking the event loop, together with what other tasks ask at that moment.
+
+        A claim that is granted to a cancelled caller is given back.
+        """
+
+        def give_back(found: Any) -> None:
+            verdict = self._verdict(op, found)
+            if isinstance(op, Claim) and verdict.kind == "granted" and verdict.row is not None:
+                self.keeper.keep(ledger._not_entered(op, verdict.row.run))
+
+        return self._noted(op, self._verdict(op, await self._lane().ask(self._question(op), give_back)))
+
+    def _question(self, op: Op) -> Any:
+        """The operation as the server takes it."""
+        raise NotImplementedError
+
+    def _verdict(self, op: Op, found: Any) -> Verdict:
+        """What the server's answer means."""
+        raise NotImplementedError
+
+    def _lane(self) -> Lane:
+        """Where the tasks of the running loop ask together."""
+        loop = asyncio.get_running_loop()
+        return self._lanes.get(loop) or self._new_lane(loop)
+
+    def _new_lane(self, loop: asyncio.AbstractEventLoop) -> Lane:
+        with self._making_lanes:
+            for other, lane in list(self._lanes.items()):
+                if other.is_closed():  # in the midst, without a word to its tasks
+                    lane.hand_over()
+            made = self._lanes[loop] = Lane(self, loop)
+        return made
+
+    def _new_executor(self) -> ThreadPoolExecutor:
+        """What an event loop leaves to threads; none is made before it is needed."""
+        return ThreadPoolExecutor(self.connections, thread_name_prefix="ledger-async")
+
+    def _talk(self, connection: Any, asked: list[Any]) -> Talk:
+        """Ask so many questions on a connection."""
+        raise NotImplementedError
+
+    def _read_out(self, connection: Any, talk: Talk) -> list[Any]:
+        """What such a talk ends with; in a thread."""
+        raise NotImplementedError
+
+    def _ask_all(self, asked: list[Any]) -> list[Any]:
+        """The same from the beginning, on any connection; in a thread."""
+        raise NotImplementedError
+
+    def _ask_one(self, asked: Any) -> Any:
+        """The answer to one question; in a thread, as often as it makes sense."""
+        raise NotImplementedError
+
+    def _translated(self, error: Exception) -> ledger.StoreError:
+        """An error of the driver in our words."""
         raise NotImplementedError
 
     # -- duplicates of what this process made or saw --
@@ -465,59 +537,229 @@ class _Asked:
             self.future.set_result(self.answer)
 
 
-class Together:
-    """What tasks of event loops ask at the same moment is asked together, by one thread, which ends when idle.
+class Lane:
+    """What tasks of one event loop ask at the same moment is asked together, by the loop itself.
 
-    A thread for each question costs more than the question.
+    A thread for each question costs more than the question.  Threads see to what takes long, what fails
+    and what cancelled tasks left, so a loop may end at any moment.
     """
 
-    def __init__(self, ask_all: Callable[[list[Any]], Sequence[Any]]) -> None:
-        self._ask_all = ask_all
-        self._asked: queue.SimpleQueue[_Asked] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
+    def __init__(self, store: ServerStore, loop: asyncio.AbstractEventLoop) -> None:
+        self._store, self._loop = weakref.ref(store), weakref.ref(loop)
+        self._waiting: list[_Asked] = []
+        self._under_way: _UnderWay | None = None
+        #: for the next questions, if they come at once
+        self._line: _Line | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_due = False
 
-    async def ask(self, words: tuple[Any, ...], unwanted: Callable[[Any], object]) -> Any:
-        """The answer; `unwanted` gets it, in this thread or another, if the caller was cancelled meanwhile."""
-        asked = _Asked(words, asyncio.get_running_loop().create_future(), unwanted)
-        with self._lock:
-            self._asked.put(asked)
-            if self._thread is None:
-                thread = threading.Thread(target=self._work, name="ledger-asker", daemon=True)
-                thread.start()
-                self._thread = thread
+    async def ask(self, words: Any, unwanted: Callable[[Any], object]) -> Any:
+        """The answer; `unwanted` gets it, in whatever thread, if the caller was cancelled meanwhile."""
+        loop = asyncio.get_running_loop()
+        asked = _Asked(words, loop.create_future(), unwanted)
+        self._waiting.append(asked)
+        if self._under_way is None:
+            self._send_soon(loop)
         try:
             return await asked.future
         except (asyncio.CancelledError, GeneratorExit):
-            asked.left()
+            if asked in self._waiting:
+                self._waiting.remove(asked)
+            else:
+                asked.left()
+                self.hand_over()
             raise
 
-    def _work(self) -> None:
-        while batch := self._batch():
-            try:
-                answers = self._ask_all([asked.words for asked in batch])
-            except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to those who wait
-                answers = [error] * len(batch)
-            loops: dict[asyncio.AbstractEventLoop, list[_Asked]] = {}
-            for asked, answer in zip(batch, answers, strict=True):
-                asked.arrived(answer)
-                loops.setdefault(asked.future.get_loop(), []).append(asked)
-            for loop, theirs in loops.items():
-                ledger._call_loop(loop, functools.partial(_tell_all, theirs))
+    def hand_over(self) -> None:
+        """Let a thread take the answers to what is under way: it takes long, or the loop may end before."""
+        if self._under_way is not None:
+            self._under_way.hand_over()
+            self._under_way = None
+        self._send()
 
-    def _batch(self) -> list[_Asked]:
-        """What is asked now, after a while without a question nothing."""
+    def _send_soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._is_due:  # not now: other tasks are about to ask too
+            self._is_due = True
+            loop.call_soon(self._send)
+
+    def _send(self) -> None:
+        """Ask what is waiting; if nothing is, others may have the connection."""
+        self._is_due = False
+        store, loop = self._store(), self._loop()
+        if store is None or loop is None or self._under_way is not None:
+            return
+        while self._waiting and self._under_way is None and not loop.is_closed():
+            asked = self._waiting[:_AT_ONCE]
+            del self._waiting[:_AT_ONCE]
+            line, self._line = self._line or _listen(store, loop, self._heard), None
+            self._under_way = _UnderWay(store, asked, line)
+            self._go_on(self._under_way, None)
+        if self._under_way is None and self._line is not None:
+            self._line.release()
+            self._line = None
+        elif self._under_way is not None and self._timer is None:
+            self._timer = loop.call_later(_LOOP_SECONDS, self._look_after)
+
+    def _look_after(self) -> None:
+        """One timer for many questions: what is under way now may have begun only a moment ago."""
+        self._timer, loop = None, self._loop()
+        if self._under_way is None or loop is None:
+            return
+        left = self._under_way.begun + _LOOP_SECONDS - time.monotonic()
+        if left <= 0:
+            self.hand_over()
+        else:
+            self._timer = loop.call_later(left, self._look_after)
+
+    def _go_on(self, under_way: _UnderWay, ready: int | None) -> None:
+        waits = False
         try:
-            batch = [self._asked.get(timeout=_IDLE_SECONDS)]
-        except queue.Empty:
-            with self._lock:
-                if self._asked.empty():
-                    self._thread = None
-                    return []
-            batch = [self._asked.get()]
-        while len(batch) < _AT_ONCE and not self._asked.empty():
-            batch.append(self._asked.get())
-        return batch
+            waits = under_way.go_on(ready)
+        finally:
+            if not waits:
+                self._under_way, self._line = None, under_way.line
+
+    def _heard(self) -> None:
+        """The server said something; if it was not asked, that the connection ends."""
+        if self._under_way is not None:
+            self._go_on(self._under_way, READABLE)
+        if self._under_way is None:
+            loop = self._loop()
+            if loop is None or self._waiting:
+                self._send()
+            else:  # who was told may ask again at once
+                self._send_soon(loop)
+
+
+class _Line(NamedTuple):
+    """A connection that an event loop listens to."""
+
+    connections: Any
+    db: Any
+    loop: asyncio.AbstractEventLoop
+    number: int
+
+    def leave(self) -> None:
+        """Listen no more."""
+        with suppress(RuntimeError):  # the loop was closed
+            self.loop.remove_reader(self.number)
+
+    def release(self) -> None:
+        """Give it back."""
+        self.leave()
+        self.connections.give(self.db)
+
+
+def _listen(store: ServerStore, loop: asyncio.AbstractEventLoop, heard: Callable[[], object]) -> _Line | None:
+    """A connection that was idle; None if there is none, or the loop cannot listen: then a thread has to ask."""
+    connections = store._connections
+    db = connections.idle() if connections is not None else None
+    if db is None:
+        return None
+    try:
+        number = db.fileno()
+        loop.add_reader(number, heard)
+    except Exception:  # noqa: BLE001 - Windows' loop has no readers, and what else is wrong the thread is told
+        connections.give(db)
+        return None
+    return _Line(connections, db, loop, number)
+
+
+class _UnderWay:
+    """Questions that were asked together. The loop takes the answers that come soon, a thread all others."""
+
+    def __init__(self, store: ServerStore, asked: list[_Asked], line: _Line | None) -> None:
+        self._store, self._asked = store, asked
+        #: where the answers come, as long as the loop listens
+        self.line = line
+        self._loop = asked[0].future.get_loop()
+        self.begun = time.monotonic()
+        self._talk = line and store._talk(line.db, self._words())
+
+    def _words(self) -> list[Any]:
+        return [asked.words for asked in self._asked]
+
+    def go_on(self, ready: int | None) -> bool:
+        """As far as it goes without waiting; whether the loop has to wait for the server."""
+        if self._talk is None:
+            self._in_thread(self._ask_all)
+            return False
+        try:
+            waits_for = self._talk.send(ready)
+        except StopIteration as end:
+            self._answer(end.value)
+            _tell_all(self._asked)
+            return False
+        except BaseException as error:
+            self._take_line().release()
+            told = error if isinstance(error, Exception) else ledger.StoreError(f"interrupted by {error!r}")
+            self._in_thread(functools.partial(self._failed, told))
+            if told is not error:
+                raise
+            return False
+        if waits_for != READABLE:  # more than the server takes at once
+            self.hand_over()
+        return waits_for == READABLE
+
+    def hand_over(self) -> None:
+        """Let a thread take the answers."""
+        line = self._take_line()
+        line.leave()
+        self._in_thread(functools.partial(self._read_out, line))
+
+    def _take_line(self) -> _Line:
+        line, self.line = self.line, None
+        assert line is not None  # noqa: S101 - whoever waits for the server has one
+        return line
+
+    def _in_thread(self, work: Callable[[], object]) -> None:
+        try:
+            self._store.executor.submit(work)
+        except RuntimeError:  # the program ends: there are no more threads, and nobody who would wait for us
+            work()
+
+    # -- in a thread --
+
+    def _ask_all(self) -> None:
+        self._see_through(self._store._ask_all, self._words())
+
+    def _read_out(self, line: _Line) -> None:
+        try:
+            self._see_through(self._store._read_out, line.db, self._talk)
+        finally:
+            line.connections.give(line.db)
+
+    def _see_through(self, perform: Callable[..., list[Any]], *values: Any) -> None:
+        try:
+            answers = perform(*values)
+        except Exception as error:  # noqa: BLE001 - it belongs to those who wait
+            self._failed(error)
+        else:
+            self._answer(answers)
+            ledger._call_loop(self._loop, functools.partial(_tell_all, self._asked))
+
+    def _failed(self, error: Exception) -> None:
+        """Ask each alone, so that the one that fails takes no other along; after a long wait nothing more."""
+        if time.monotonic() - self.begun < RETRY_SECONDS:
+            for asked in self._asked[1:]:
+                self._in_thread(functools.partial(self._ask_alone, asked))
+            self._ask_alone(self._asked[0])
+        else:
+            told = error if isinstance(error, ledger.StoreError) else self._store._translated(error)
+            self._answer([told] * len(self._asked))
+            ledger._call_loop(self._loop, functools.partial(_tell_all, self._asked))
+
+    def _ask_alone(self, asked: _Asked) -> None:
+        try:
+            answer = self._store._ask_one(asked.words)
+        except Exception as error:  # noqa: BLE001 - it belongs to the one who waits
+            answer = error
+        asked.arrived(answer)
+        ledger._call_loop(self._loop, asked.tell)
+
+    def _answer(self, answers: Sequence[Any]) -> None:
+        for asked, answer in zip(self._asked, answers, strict=True):
+            asked.arrived(answer)
 
 
 def _tell_all(asked: Sequence[_Asked]) -> None:

@@ -7,8 +7,10 @@ claim alone, `sync="off"` for neither.  An account whose transactions are not RE
 a claim that waited would decide on what was there before.
 
 Each operation is one statement, one round trip, in a transaction of its own; nothing is kept in a
-session, so a transaction pooler may stand between.  Leases go by the server's clock.  An operation
-whose reply was lost is sent again with its token and finds its own row.
+session, so a transaction pooler may stand between.  What tasks of an event loop ask at one moment is
+one transaction and one round trip; if that fails or meets a lock, each gets one of its own.  Leases go
+by the server's clock.  An operation whose reply was lost is sent again with its token and finds its own
+row.
 """
 
 from __future__ import annotations
@@ -21,29 +23,29 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import resources
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import psycopg
 from psycopg.abc import RV, PQGen
 from psycopg.generators import execute, fetch_many, pipeline_communicate
-from psycopg.pq import ExecStatus, TransactionStatus
+from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 from psycopg.rows import tuple_row
+from psycopg.waiting import Wait
 
 import ledger
 from ledger import Clock, Op, Record, Run, StoreError, UsageError, Verdict
-from ledger_stores.base import NOTICE_SECONDS, Brief, ServerStore, Together, verdict_from
+from ledger_stores.base import NOTICE_SECONDS, READABLE, RETRY_SECONDS, Brief, ServerStore, Talk, verdict_from
 from ledger_stores.move import Entry, Side
 
 T = TypeVar("T")
 Row = tuple[Any, ...]
 _SCHEMA_VERSION = 1
 _COLUMNS = ", ".join(Run._fields)
-#: how long an operation is repeated after its connection was lost
-_RETRY_SECONDS = 5.0
+#: how long one of several operations in a transaction may wait for a lock, before each gets one of its own
+_ASIDE = "SELECT set_config('lock_timeout', '100ms', true)"
 #: what a ledger that is closed for a move answers; the message says why
 MOVED = "LM001"
 _DEADLOCK = "40P01"
@@ -69,16 +71,15 @@ class PostgresStore(ServerStore):
         lock_seconds: float = 30.0,
         clock: Clock | None = None,
     ) -> None:
-        super().__init__(url, namespace=namespace, sync=sync, lock_seconds=lock_seconds, clock=clock)
         self.connections = connections
+        super().__init__(url, namespace=namespace, sync=sync, lock_seconds=lock_seconds, clock=clock)
 
     def _begin(self) -> None:
         super()._begin()
         self._connections: _Connections | None = None
         self._prepares = True
         self._is_lax = False  # the account's own setting waits for no disk
-        self._executor: ThreadPoolExecutor | None = None
-        self._together = Together(self._still_done)
+        self.executor = self._new_executor()
         self._listening: _Connection | None = None
 
     # -- connections --
@@ -92,7 +93,7 @@ class PostgresStore(ServerStore):
         return connections
 
     def _open(self) -> _Connections:
-        limit = time.monotonic() + _RETRY_SECONDS
+        limit = time.monotonic() + RETRY_SECONDS
         while True:
             try:
                 with self._connect() as db:
@@ -103,14 +104,6 @@ class PostgresStore(ServerStore):
                     raise self._translated(error) from error
             time.sleep(0.05)
         return _Connections(self._connect, self.connections, self.lock_seconds)
-
-    @property
-    def executor(self) -> ThreadPoolExecutor:
-        """A thread for each connection: the server commits at once what comes at once."""
-        with self._opening:
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(self.connections, thread_name_prefix="ledger-async")
-            return self._executor
 
     def _connect(self) -> _Connection:
         db = _Connection.connect(
@@ -212,7 +205,7 @@ class PostgresStore(ServerStore):
 
     def _insist(self, perform: Callable[..., T], *values: Any) -> T:
         """Do it on a connection, again if that breaks; every error of the driver is a `StoreError`."""
-        limit, pause = time.monotonic() + _RETRY_SECONDS, 0.0
+        limit, pause = time.monotonic() + RETRY_SECONDS, 0.0
         while True:
             connections = self._opened()
             try:
@@ -260,43 +253,81 @@ class PostgresStore(ServerStore):
         return db.first_row(statement, [_packed(v) for v in values], prepares=self._prepares)
 
     def _lasting(self, durable: object) -> str:
-        """What ends a statement that waits for the server's disk, and one that does not."""
-        if durable:
-            return ", set_config('synchronous_commit', 'on', true)" if self._is_lax else ""
-        return ", set_config('synchronous_commit', 'off', true)"
+        """What ends a statement that waits for the server's disk, and one that does not; None: it writes nothing."""
+        if durable is None or (durable and not self._is_lax):
+            return ""
+        return f", set_config('synchronous_commit', '{'on' if durable else 'off'}', true)"
 
-    def _call(self, name: str, *values: Any, durable: bool = True) -> Verdict:
-        """The verdict of one of the functions."""
+    def _function(self, name: str, *values: Any, durable: bool = True) -> _Question:
         marks = ", ".join(f"${n + 1}" for n in range(len(values)))
-        found = self._ask_often(f"SELECT :ns.{name}({marks})" + self._lasting(durable), *values)
-        return verdict_from(json.loads(found[0] or b""))
+        return _Question(f"SELECT :ns.{name}({marks})", values, durable)
+
+    def _call(self, name: str, *values: Any) -> Verdict:
+        """The verdict of one of the functions."""
+        return verdict_from(json.loads(self._ask_one(self._function(name, *values))[0] or b""))
 
     # -- operations --
 
     def _apply(self, op: Op) -> Verdict:
-        if isinstance(op, ledger.Claim):
-            return self._claim(op)
-        if isinstance(op, ledger.Settle):
-            found = self._ask_often(_SETTLE + self._lasting(self.sync == "full"), *_settle_values(op))
-            return verdict_from(json.loads(found[0])) if found[0] else Verdict("settled")
-        if isinstance(op, ledger.Renew):
-            return self._call("renew", op.call, op.run, op.claim.token, op.claim.lease, durable=False)
-        if isinstance(op, ledger.Release):
-            return self._call("release", *op)
-        if isinstance(op, ledger.Resolve):
-            return self._call("resolve", *op)
-        return self._call("reset_call", op.call, self._by_server(op.asked))
+        return self._verdict(op, self._ask_one(self._question(op)))
 
-    def _claim(self, op: ledger.Claim) -> Verdict:
-        seen = op.not_done or (None, None)
-        started, told = self._ask_often(
-            _CLAIM + self._lasting(self.sync != "off"),
-            op.call, op.token, op.tool, op.wf, op.caller, op.key, op.args, op.matched, op.max, op.ttl,
-            op.lease, op.on_doubt, int(op.forced), *seen,
-        )[:2]  # fmt: skip
-        if told is not None:
+    def _question(self, op: Op) -> _Question:
+        """The operation as the server takes it."""
+        if isinstance(op, ledger.Claim):
+            return _Question(_CLAIM, _claim_values(op), self.sync != "off")
+        if isinstance(op, ledger.Settle):
+            return _Question(_SETTLE, _settle_values(op), self.sync == "full")
+        if isinstance(op, ledger.Renew):
+            return self._function("renew", op.call, op.run, op.claim.token, op.claim.lease, durable=False)
+        if isinstance(op, ledger.Release):
+            return self._function("release", *op)
+        if isinstance(op, ledger.Resolve):
+            return self._function("resolve", *op)
+        return self._function("reset_call", op.call, self._by_server(op.asked))
+
+    def _verdict(self, op: Op, found: list[bytes | None]) -> Verdict:
+        if isinstance(op, ledger.Claim):
+            started, told = found[:2]
+            if told is None:
+                return Verdict("granted", op.first_row(int(started or 0), 0)._replace(mono=0))
             return verdict_from(json.loads(told), op)
-        return Verdict("granted", op.first_row(int(started or 0), 0)._replace(mono=0))
+        if isinstance(op, ledger.Settle) and found[0] is None:
+            return Verdict("settled")
+        return verdict_from(json.loads(found[0] or b""))
+
+    # -- event loops: what tasks ask at one moment is one transaction --
+
+    async def transact_async(self, op: Op) -> Verdict:
+        """`transact` without blocking the event loop, in one transaction with what other tasks ask then."""
+        if isinstance(op, ledger.Reset):  # it asks for the time first
+            return await super().transact_async(op)
+        return await self._transact_together(op)
+
+    def _talk(self, connection: _Connection, asked: list[_Question]) -> Talk:
+        """All in one transaction, in the order of calls, so that two of these never cross."""
+        if len(asked) == 1:
+            sent = [self._packed(asked[0], lasts=bool(asked[0].durable))]
+            return (yield from connection.talk(sent, prepares=self._prepares))
+        order = sorted(range(len(asked)), key=lambda n: str(asked[n].values[0]))
+        lasts = any(question.durable for question in asked)
+        sent = [self._packed(asked[n], lasts=lasts) for n in order]
+        rows = yield from connection.talk(
+            [(_statement(_ASIDE, self.namespace), []), *sent], prepares=self._prepares
+        )
+        return [row for _, row in sorted(zip(order, rows[1:], strict=True))]
+
+    def _packed(self, question: _Question, *, lasts: bool) -> tuple[_Statement, list[bytes | None]]:
+        sql = question.sql + self._lasting(None if question.durable is None else lasts)
+        return _statement(sql, self.namespace), [_packed(value) for value in question.values]
+
+    def _read_out(self, connection: _Connection, talk: Talk) -> list[Any]:
+        return connection.wait(cast("PQGen[list[Any]]", talk))
+
+    def _ask_all(self, asked: list[_Question]) -> list[Any]:
+        return self._insist(lambda db: self._read_out(db, self._talk(db, asked)))
+
+    def _ask_one(self, question: _Question) -> list[bytes | None]:
+        return self._ask_often(question.sql + self._lasting(question.durable), *question.values)
 
     def ask(self, sql: str, values: Mapping[str, Any]) -> list[Row]:
         """The rows of one statement in a transaction of its own, with `:name` for a value and `:ns` for the schema.
@@ -315,7 +346,7 @@ class PostgresStore(ServerStore):
         uniqueness) or the connection broke, and then with `again` if nobody knows whether the first COMMIT
         happened. It must only execute statements; whatever it raises rolls them back.
         """
-        limit, again = time.monotonic() + _RETRY_SECONDS, False
+        limit, again = time.monotonic() + RETRY_SECONDS, False
 
         def attempt(db: _Connection) -> T:
             nonlocal again
@@ -343,9 +374,7 @@ class PostgresStore(ServerStore):
 
     def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
         items = json.dumps([[_clean(v) for v in item] for item in sums])
-        self._ask_often(
-            "SELECT :ns.count($1, $2, $3)" + self._lasting(durable=False), self._writer, self._batch, items
-        )
+        self._ask_one(self._function("count", self._writer, self._batch, items, durable=False))
 
     def reset(self, wf: str | None, asked: int, *, force: bool = False, why: str = "") -> None:
         """Forget every call of a workflow (None: of all) in one transaction.
@@ -365,21 +394,11 @@ class PostgresStore(ServerStore):
         return [Run(*row) for row in found]
 
     def _reread(self, call: str, run: int, owner: str) -> Sequence[Brief]:
-        return self._still_done([(call, run, owner)])[0]
+        return _brief_from(self._ask_often(_STILL_DONE, call, run, owner), run)
 
     async def _reread_async(self, call: str, run: int, owner: str) -> Sequence[Brief]:
-        runs: Sequence[Brief] = await self._together.ask((call, run, owner), lambda _: None)
-        return runs
-
-    def _still_done(self, asked: Sequence[tuple[str, int, str]]) -> list[Sequence[Brief]]:
-        """For each call its run, if that still is the newest one and answers a duplicate; in one round trip."""
-        if len(asked) == 1:
-            found = self._ask_often(_STILL_DONE, *asked[0])
-            result = found[0].decode() if found and found[0] is not None else None
-            return [[("success", 0, result, asked[0][1])] if found else []]
-        rows = self._ask(_ALL_STILL_DONE, [list(column) for column in zip(*asked, strict=True)])
-        results = {row[:3]: row[3] for row in rows}
-        return [[("success", 0, results[seen], seen[1])] if seen in results else [] for seen in asked]
+        asked = _Question(_STILL_DONE, (call, run, owner), None)
+        return _brief_from(await self._lane().ask(asked, lambda _: None), run)
 
     def _exact_time(self) -> int:
         """The server's clock, now."""
@@ -515,9 +534,8 @@ class PostgresStore(ServerStore):
         super().close()
         with self._opening:
             connections, self._connections = self._connections, None
-            executor, self._executor = self._executor, None
-        if executor is not None:
-            executor.shutdown(wait=False)
+            executor, self.executor = self.executor, self._new_executor()
+        executor.shutdown(wait=False)
         if connections is not None:
             connections.close()
 
@@ -608,6 +626,15 @@ class PostgresTransaction:
         unsent, self._unsent = self._unsent, []
         self._has_begun = True
         return self._db.answers(unsent, prepares=self._store._prepares)
+
+
+class _Question(NamedTuple):
+    """A statement of which the first row is wanted, and its values; the first of them is a call."""
+
+    sql: str
+    values: tuple[Any, ...]
+    #: it waits for the server's disk; None: it writes nothing
+    durable: bool | None
 
 
 class _Statement(NamedTuple):
@@ -707,7 +734,62 @@ class _Connection(psycopg.Connection[Row]):
                 self._names.add(name)
             self.pgconn.send_query_prepared(name, values)
         found = self._answer()
-        return [found.get_value(0, n) for n in range(found.nfields)] if found.ntuples else []
+        return _first_row(found)
+
+    def talk(self, asked: Sequence[tuple[_Statement, Sequence[bytes | None]]], *, prepares: bool) -> Talk:
+        """The first row of each statement, when the transaction in which they all are is committed."""
+        try:
+            self.pgconn.enter_pipeline_mode()
+            made = [self._send(statement, values, prepares=prepares) for statement, values in asked]
+            self.pgconn.pipeline_sync()
+            while self.pgconn.flush():
+                if ((yield Wait.RW) or 0) & READABLE:
+                    self.pgconn.consume_input()
+            results = yield from self._until_committed()
+            self.pgconn.exit_pipeline_mode()
+        except Exception:
+            self.close()  # nobody knows what it still has to say
+            raise
+        return self._rows_of(made, results)
+
+    def _rows_of(self, made: list[bytes | None], results: list[Any]) -> list[list[bytes | None]]:
+        self._names.difference_update(name for name in made if name)
+        rows, left = [], iter(results)
+        for name in made:
+            if name and _succeeded(next(left)):
+                self._names.add(name)
+            rows.append(_first_row(_succeeded(next(left))))
+        for result in left:  # the commit failed
+            _succeeded(result)
+        return rows
+
+    def _send(self, statement: _Statement, values: Sequence[bytes | None], *, prepares: bool) -> bytes | None:
+        """Send one of several; the name that is prepared with it, if that is new."""
+        name, text = statement
+        if not prepares:
+            self.pgconn.send_query_params(text, values)
+            return None
+        is_new = name not in self._names
+        if is_new:
+            self.pgconn.send_prepare(name, text)
+            self._names.add(name)
+        self.pgconn.send_query_prepared(name, values)
+        return name if is_new else None
+
+    def _until_committed(self) -> Generator[int, int | None, list[Any]]:
+        found: list[Any] = []
+        while True:
+            while self.pgconn.is_busy():
+                if (yield READABLE):
+                    self.pgconn.consume_input()
+            result = self.pgconn.get_result()
+            if result is None:  # the end of one statement's results
+                if self.pgconn.status != ConnStatus.OK:
+                    raise psycopg.OperationalError("the connection was lost")
+            elif result.status == ExecStatus.PIPELINE_SYNC:
+                return found
+            else:
+                found.append(result)
 
     def answers(self, asked: Sequence[_Asked], *, prepares: bool) -> list[Any]:
         """The answers to several statements that are sent at once; raises the first error among them."""
@@ -753,10 +835,7 @@ class _Connection(psycopg.Connection[Row]):
         return send
 
     def _answer(self) -> Any:
-        found = self.wait(execute(self.pgconn))[-1]
-        if found.status not in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
-            raise psycopg.errors.error_from_result(found)
-        return found
+        return _succeeded(self.wait(execute(self.pgconn))[-1])
 
 
 def _all_rows(db: _Connection, text: str, values: Sequence[Any] | dict[str, Any]) -> list[Row]:
@@ -785,7 +864,12 @@ class _Connections:
         try:
             return perform(db, *values)
         finally:
-            self._give(db)
+            self.give(db)
+
+    def idle(self) -> _Connection | None:
+        """One that nobody uses, if there is one; it has to be given back."""
+        with self._lock:
+            return self._idle.pop() if self._idle else None
 
     def _take(self) -> _Connection:
         failed = False
@@ -802,7 +886,7 @@ class _Connections:
                 return self._connect()
             except BaseException as error:
                 # the server may take no more of us: then share those that there are, if there are any
-                shares = self._give(None) and isinstance(error, psycopg.OperationalError)
+                shares = self.give(None) and isinstance(error, psycopg.OperationalError)
                 if failed or not shares:
                     raise
                 failed = True
@@ -820,10 +904,10 @@ class _Connections:
                 if turn in self._line:
                     self._line.remove(turn)
                 else:  # it came at this very moment
-                    self._give(turn.get())
+                    self.give(turn.get())
             raise
 
-    def _give(self, db: _Connection | None) -> bool:
+    def give(self, db: _Connection | None) -> bool:
         """Take a connection back, or (None) the right to make one; whether others are in use."""
         if db is not None and (self._closed or db.pgconn.transaction_status != TransactionStatus.IDLE):
             db.close()  # an answer that was not read must not meet the next question
@@ -849,6 +933,27 @@ class _Connections:
         """Close all, those in use when they come back."""
         self._closed = True
         self.drop_idle()
+
+
+def _succeeded(found: Any) -> Any:
+    if found.status not in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
+        raise psycopg.errors.error_from_result(found)
+    return found
+
+
+def _first_row(found: Any) -> list[bytes | None]:
+    return [found.get_value(0, n) for n in range(found.nfields)] if found.ntuples else []
+
+
+def _brief_from(found: list[bytes | None], run: int) -> Sequence[Brief]:
+    return [("success", 0, found[0].decode() if found[0] is not None else None, run)] if found else []
+
+
+def _claim_values(op: ledger.Claim) -> tuple[Any, ...]:
+    return (
+        op.call, op.token, op.tool, op.wf, op.caller, op.key, op.args, op.matched, op.max, op.ttl, op.lease,
+        op.on_doubt, int(op.forced), *(op.not_done or (None, None)),
+    )  # fmt: skip
 
 
 def _settle_values(op: ledger.Settle) -> tuple[Any, ...]:
@@ -885,7 +990,7 @@ def _clean(value: Any) -> Any:
     return value.replace("\0", "\u2400") if isinstance(value, str) else value
 
 
-#: a first claim, in a transaction of its own; anything else is judged by the function
+#: a first claim; anything else is judged by the function
 _CLAIM = """
 WITH made AS (
   INSERT INTO :ns.runs (call, run, tool, wf, caller, owner, key, args, matched, started, lease, forced)
@@ -895,7 +1000,7 @@ WITH made AS (
   RETURNING started),
 noted AS (
   INSERT INTO :ns.events (seq, call, run, kind, at, tool, wf, caller)
-  SELECT pg_current_xact_id()::text::bigint * 4096 + 1, $1, 1, 'claimed', started, $3, $4, $5 FROM made)
+  SELECT :ns.next_event(), $1, 1, 'claimed', started, $3, $4, $5 FROM made)
 SELECT (SELECT started FROM made), CASE WHEN NOT EXISTS (SELECT FROM made) THEN
   :ns.claim($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15) END"""
 #: the end of a run that is open; if there is none, why
@@ -912,12 +1017,6 @@ SELECT CASE WHEN NOT EXISTS (SELECT FROM ended) THEN :ns.settle_late($1, $3, $4,
 _STILL_DONE = """
 SELECT result FROM (SELECT * FROM :ns.runs WHERE call = $1 ORDER BY run DESC LIMIT 1) AS newest
  WHERE run = $2 AND owner = $3 AND status = 'success' AND released = 0
-"""
-_ALL_STILL_DONE = """
-SELECT seen.call, seen.run, seen.owner, newest.result
-  FROM unnest(%s::text[], %s::integer[], %s::text[]) AS seen(call, run, owner)
- CROSS JOIN LATERAL (SELECT * FROM :ns.runs r WHERE r.call = seen.call ORDER BY r.run DESC LIMIT 1) AS newest
- WHERE newest.run = seen.run AND newest.owner = seen.owner AND newest.status = 'success' AND newest.released = 0
 """
 _TOTALS = """
 SELECT tool, SUM(actions), SUM(attempts), SUM(executed), SUM(blocked), SUM(failed), SUM(in_doubt),

@@ -370,7 +370,29 @@ BEGIN
   RETURN :ns.verdict('reset', NULL, NULL, 1);
 END $$;
 
--- counted attempts: [[call, run, kind, tool, wf, caller, args, error, n], …], sorted by call
+-- attempts that ran nothing, all in one statement: one for each would cost more than what is counted.
+-- Rows are locked in the order of calls, so that two writers never cross. A call that was reset has none.
+CREATE FUNCTION :ns.count_blocked(items json, now bigint) RETURNS void LANGUAGE sql
+-- a plan that was made for an empty table would read a full one
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off AS $$
+  WITH asked AS MATERIALIZED (
+    SELECT item->>0 AS call, (item->>1)::integer AS run, SUM((item->>8)::bigint)::bigint AS n,
+           array_agg(place) AS places, array_agg(item->>5) AS callers, array_agg((item->>8)::bigint) AS times,
+           array_agg(item->>7) AS errors
+      FROM json_array_elements(items) WITH ORDINALITY AS found(item, place) WHERE item->>2 = 'blocked'
+     GROUP BY 1, 2),
+  held AS MATERIALIZED (
+    SELECT asked.* FROM asked JOIN :ns.runs r ON r.call = asked.call AND r.run = asked.run
+     ORDER BY r.call, r.run FOR UPDATE OF r),
+  counted AS (
+    UPDATE :ns.runs r SET blocked = blocked + held.n FROM held WHERE r.call = held.call AND r.run = held.run
+    RETURNING r.call, r.run, r.tool, r.wf, places, callers, times, errors)
+  INSERT INTO :ns.events
+  SELECT pg_current_xact_id()::text::bigint * 4096 + 2048 + place, call, run, 'blocked', now, tool, wf, caller, n,
+         error
+    FROM counted, unnest(places, callers, times, errors) AS each(place, caller, n, error) $$;
+
+-- counted attempts: [[call, run, kind, tool, wf, caller, args, error, n], …], sorted by call; at most 2,000
 CREATE FUNCTION :ns.count(who text, batch bigint, items json) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
   now bigint := :ns.now_us();
@@ -383,20 +405,16 @@ BEGIN
   IF NOT FOUND THEN
     RETURN;
   END IF;
-  FOR item IN SELECT * FROM json_array_elements(items) LOOP
+  PERFORM :ns.count_blocked(items, now);
+  FOR item IN SELECT one FROM json_array_elements(items) AS one WHERE one->>2 <> 'blocked' LOOP
     what.call := item->>0; what.run := (item->>1)::integer; what.tool := item->>3; what.wf := item->>4;
     what.caller := item->>5;
     times := (item->>8)::bigint;
-    IF item->>2 = 'blocked' THEN
-      UPDATE :ns.runs SET blocked = blocked + times WHERE call = what.call AND run = what.run;
-      CONTINUE WHEN NOT FOUND;                        -- reset meanwhile
-    ELSE
-      INSERT INTO :ns.tallies VALUES (what.call, what.tool, what.wf, what.caller, item->>6,
-        CASE WHEN item->>2 = 'ran' THEN times ELSE 0 END, CASE WHEN item->>2 = 'ran' THEN 0 ELSE times END,
-        item->>7, now, now)
-      ON CONFLICT (call) DO UPDATE SET ran = tallies.ran + EXCLUDED.ran,
-        raised = tallies.raised + EXCLUDED.raised, error = EXCLUDED.error, touched = now;
-    END IF;
+    INSERT INTO :ns.tallies VALUES (what.call, what.tool, what.wf, what.caller, item->>6,
+      CASE WHEN item->>2 = 'ran' THEN times ELSE 0 END, CASE WHEN item->>2 = 'ran' THEN 0 ELSE times END,
+      item->>7, now, now)
+    ON CONFLICT (call) DO UPDATE SET ran = tallies.ran + EXCLUDED.ran,
+      raised = tallies.raised + EXCLUDED.raised, error = EXCLUDED.error, touched = now;
     PERFORM :ns.note(what, item->>2, now, times, item->>7);
   END LOOP;
 END $$;

@@ -31,26 +31,38 @@ import functools
 import hashlib
 import json
 import os
+import selectors
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib import resources
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import redis
 
 import ledger
 from ledger import Claim, Clock, Now, Op, Record, Run, StoreError, UsageError, Verdict
-from ledger_stores.base import NOTICE_SECONDS, Brief, ServerStore, Together, without_password
+from ledger_stores.base import (
+    NOTICE_SECONDS,
+    READABLE,
+    RETRY_SECONDS,
+    Brief,
+    ServerStore,
+    Talk,
+    without_password,
+)
 from ledger_stores.move import Entry, Side
 
 T = TypeVar("T")
 _SCHEMA_VERSION = 1
-#: how long an operation is repeated after its connection was lost
-_RETRY_SECONDS = 5.0
 _CONNECT_SECONDS = 5.0
+#: how much is read at once from a server's socket, and what a talk with it yields when it waits to send
+_RECEIVED, WRITABLE = 65536, 2
+#: how the server's replies begin
+_BULK, _ARRAY, _ERROR, _NUMBER = b"$*-:"
 #: how many calls are read, or forgotten, in one step
 _PAGE, _FORGET = 50, 500
 _TALLY = ("tool", "wf", "caller", "args", "ran", "raised", "error", "created", "touched")
@@ -116,7 +128,7 @@ class RedisStore(ServerStore):
         self._connections: _Connections | None = None
         self._listening: _Listener | None = None
         self._id = b""
-        self._together = Together(functools.partial(self._insist, self._answer_all))
+        self.executor = self._new_executor()
 
     # -- connections --
 
@@ -232,7 +244,7 @@ class RedisStore(ServerStore):
 
     def _insist(self, perform: Callable[..., T], *values: Any) -> T:
         """Do it, again if the connection breaks; every error of the driver is a `StoreError`."""
-        limit, pause = time.monotonic() + _RETRY_SECONDS, 0.0
+        limit, pause = time.monotonic() + RETRY_SECONDS, 0.0
         while True:
             connections = self._opened()
             try:
@@ -283,12 +295,14 @@ class RedisStore(ServerStore):
             for n, reply in zip(places, ask(chosen) if chosen else (), strict=True):
                 if isinstance(reply, redis.ReadOnlyError):  # another connection may fare better
                     raise reply
-                found[n] = self._translated(reply) if isinstance(reply, Exception) else reply
-                if reply == b"replaced":
-                    found[n] = self._replaced()
-                elif not reads and isinstance(reply, list) and reply[:1] == [b"closed"]:
-                    found[n] = self._closed(reply)
+                found[n] = self._translated(reply) if isinstance(reply, Exception) else self._told(reply)
         return found
+
+    def _told(self, reply: Any) -> Any:
+        """What was replied, or the error that it means."""
+        if reply == b"replaced":
+            return self._replaced()
+        return self._closed(reply) if isinstance(reply, list) and reply[:1] == [b"closed"] else reply
 
     def _look(self, *commands: tuple[Any, ...]) -> list[Any]:
         """What the server answers to these commands, none of which writes: one round trip."""
@@ -297,26 +311,34 @@ class RedisStore(ServerStore):
     # -- operations --
 
     def _apply(self, op: Op) -> Verdict:
-        asked = self._words(op)
+        asked = self._question(op)
         waits = self.sync == "full" or (self.sync == "claim" and isinstance(op, Claim))
         return self._verdict(op, self._ask(*asked, replicas=self.replicas if waits else 0))
 
     async def transact_async(self, op: Op) -> Verdict:
-        """`transact` without blocking the event loop, together with what other tasks ask at that moment.
-
-        A claim that is granted to a cancelled caller is given back.
-        """
+        """`transact` without blocking the event loop, together with what other tasks ask at that moment."""
         if self.replicas or isinstance(op, ledger.Reset):  # these wait, and would hold up the others
             return await super().transact_async(op)
+        return await self._transact_together(op)
 
-        def give_back(reply: bytes) -> None:
-            verdict = self._verdict(op, reply)
-            if isinstance(op, Claim) and verdict.kind == "granted" and verdict.row is not None:
-                self.keeper.keep(ledger._not_entered(op, verdict.row.run))
+    def _talk(self, connection: _Quiet, asked: list[tuple[Any, ...]]) -> Talk:
+        sent = [words if words[0].isupper() else self._evalsha(words) for words in asked]
+        replies = yield from connection.talk(_packed_all(sent), len(sent))
+        return [self._told(reply) for reply in replies]
 
-        return self._noted(op, self._verdict(op, await self._together.ask(self._words(op), give_back)))
+    def _read_out(self, connection: _Quiet, talk: Talk) -> list[Any]:
+        return connection.read_out(talk, self._patience)
 
-    def _words(self, op: Op) -> tuple[Any, ...]:
+    def _ask_all(self, asked: list[tuple[Any, ...]]) -> list[Any]:
+        return self._insist(self._answer_all, asked)
+
+    def _ask_one(self, asked: tuple[Any, ...]) -> Any:
+        [found] = self._ask_all([asked])
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _question(self, op: Op) -> tuple[Any, ...]:
         """The operation as the script takes it."""
         if isinstance(op, Claim):
             return (
@@ -378,7 +400,7 @@ class RedisStore(ServerStore):
         return _brief_from(self._look(self._brief_words(call, run))[0], run, owner)
 
     async def _reread_async(self, call: str, run: int, owner: str) -> Sequence[Brief]:
-        found = await self._together.ask(self._brief_words(call, run), lambda _: None)
+        found = await self._lane().ask(self._brief_words(call, run), lambda _: None)
         return _brief_from(found, run, owner)
 
     def _brief_words(self, call: str, run: int) -> tuple[Any, ...]:
@@ -507,6 +529,8 @@ class RedisStore(ServerStore):
         super().close()
         with self._opening:
             connections, self._connections = self._connections, None
+            executor, self.executor = self.executor, self._new_executor()
+        executor.shutdown(wait=False)
         if connections is not None:
             connections.close()
 
@@ -562,9 +586,27 @@ class _Connections:
             connection.disconnect()  # an answer that was not read must not meet the next question
             raise
         finally:
-            self._idle.append(connection)
-            if self._is_closed:
-                self.close()
+            self._put(connection)
+
+    def _put(self, connection: Any) -> None:
+        self._idle.append(connection)
+        if self._is_closed:
+            self.close()
+
+    def idle(self) -> _Quiet | None:
+        """One that nobody uses and a loop can listen to, if there is one; it has to be given back."""
+        with suppress(IndexError):
+            connection = self._idle.pop()
+            if (plug := _plug_of(connection)) is not None:
+                return _Quiet(connection, plug)
+            self._put(connection)
+        return None
+
+    def give(self, quiet: _Quiet) -> None:
+        """Take one back; it is used again if all answers were read."""
+        if not quiet.is_quiet:
+            quiet.connection.disconnect()
+        self._put(quiet.connection)
 
     def close(self) -> None:
         """Close those that are idle now, and those in use when they come back: the driver breaks if before."""
@@ -572,6 +614,94 @@ class _Connections:
         with suppress(IndexError):
             while True:
                 self._idle.pop().disconnect()
+
+
+def _plug_of(connection: Any) -> socket.socket | None:
+    """The socket of a connection; None if it is not connected, or speaks TLS, which a loop cannot listen to."""
+    plug = getattr(connection, "_sock", None)
+    return plug if type(plug) is socket.socket else None
+
+
+class _Quiet:
+    """A connection of the driver's that is used without its parser, which would wait for what is not there yet."""
+
+    def __init__(self, connection: Any, plug: socket.socket) -> None:
+        self.connection, self._plug = connection, plug
+        #: all that was asked is answered
+        self.is_quiet = True
+
+    def fileno(self) -> int:
+        """For an event loop."""
+        return self._plug.fileno()
+
+    def talk(self, packed: bytes, count: int) -> Talk:
+        """Send commands; ends with so many replies."""
+        self.is_quiet = False
+        while packed := packed[self._plug.send(packed) :]:
+            yield WRITABLE
+        replies: list[Any] = []
+        heard, place = bytearray(), 0
+        while len(replies) < count:
+            yield READABLE
+            if not (words := self._plug.recv(_RECEIVED)):
+                raise redis.ConnectionError("Connection closed by server.")
+            heard += words
+            place = _read_replies(heard, place, replies, count)
+        self.is_quiet = True
+        return replies
+
+    def read_out(self, talk: Talk, seconds: float) -> list[Any]:
+        """What the talk ends with, in a thread; the server may be silent for so long."""
+        ready = None
+        try:
+            while True:
+                ready = self._wait(talk.send(ready), seconds)
+        except StopIteration as end:
+            return cast("list[Any]", end.value)
+
+    def _wait(self, what: int, seconds: float) -> int:
+        with selectors.DefaultSelector() as waiting:
+            waiting.register(self._plug, what)
+            if not waiting.select(seconds):
+                raise redis.TimeoutError("Timeout reading from socket")
+        return what
+
+
+def _read_replies(heard: bytearray, place: int, replies: list[Any], count: int) -> int:
+    """Read what has come as a whole; where the rest begins."""
+    while len(replies) < count and (found := _reply_at(heard, place)) is not None:
+        reply, place = found
+        replies.append(reply)
+    return place
+
+
+def _reply_at(heard: bytearray, place: int) -> tuple[Any, int] | None:
+    """The reply that begins there and what comes after it; None if the server has not said all of it."""
+    end = heard.find(b"\r\n", place)
+    if end < 0:
+        return None
+    kind, head, place = heard[place], bytes(heard[place + 1 : end]), end + 2
+    if kind == _BULK:
+        end = place + int(head)
+        if end < place:
+            return None, place
+        return (bytes(heard[place:end]), end + 2) if len(heard) >= end + 2 else None
+    if kind == _ARRAY:
+        return _replies_at(heard, place, int(head))
+    if kind == _ERROR:
+        raise redis.ResponseError(head.decode("utf-8", "replace"))
+    return (int(head) if kind == _NUMBER else head), place
+
+
+def _replies_at(heard: bytearray, place: int, count: int) -> tuple[Any, int] | None:
+    replies: list[Any] = []
+    for _ in range(count):
+        found = _reply_at(heard, place)
+        if found is None:
+            return None
+        reply, place = found
+        replies.append(reply)
+    return (None if count < 0 else replies), place
 
 
 class _Listener:
@@ -607,8 +737,11 @@ def _packed(words: Sequence[Any]) -> bytes:
 
 def _send(connection: Any, *commands: Sequence[Any]) -> None:
     """Send commands at once."""
-    packed = [b"*%d\r\n%s" % (len(words), _packed(words)) for words in commands]
-    connection.send_packed_command(packed if len(packed) == 1 else [b"".join(packed)])
+    connection.send_packed_command([_packed_all(commands)])
+
+
+def _packed_all(commands: Sequence[Sequence[Any]]) -> bytes:
+    return b"".join([b"*%d\r\n%s" % (len(words), _packed(words)) for words in commands])
 
 
 def _exchange(connection: Any, commands: Sequence[tuple[Any, ...]]) -> list[Any]:

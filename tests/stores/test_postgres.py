@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
 import signal
@@ -11,12 +12,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 from urllib.parse import quote
 
 import psycopg
 import pytest
 
-from ledger import Clock, Guard, InProgress, StoreError, UsageError
+from ledger import Claim, Clock, Guard, InProgress, Op, StoreError, UsageError, Verdict
 from ledger_stores.postgres import PostgresStore
 from ledger_stores.testing import claim, in_parallel, reset, settle
 from tests.actors import eventually, stage
@@ -45,6 +47,11 @@ def guard(namespace: str) -> Iterator[Guard]:
 
 def charge(order: int) -> dict[str, int]:
     """A tool that works."""
+    return {"order": order}
+
+
+async def charge_async(order: int) -> dict[str, int]:
+    """The same in an event loop."""
     return {"order": order}
 
 
@@ -298,6 +305,13 @@ def test_prepared_statements_that_are_gone_are_no_error(guard: Guard, namespace:
     """Behind a transaction pooler another session answers, which has not prepared what ours has."""
     for order in range(10):
         guard(charge, order)
+    forget_prepared(guard, namespace)
+
+    assert ["replayed", "executed"] == [guard.call(charge, order).kind for order in (3, 10)]
+
+
+def forget_prepared(guard: Guard, namespace: str) -> None:
+    """On the connection that is idle, hidden in a function, so that psycopg does not take note."""
     store = guard._ready()
     assert isinstance(store, PostgresStore)
     with psycopg.connect(postgres_url(), autocommit=True) as db:
@@ -305,9 +319,7 @@ def test_prepared_statements_that_are_gone_are_no_error(guard: Guard, namespace:
             f"CREATE FUNCTION {namespace}.forget() RETURNS int LANGUAGE plpgsql AS"
             " $$ BEGIN EXECUTE 'DEALLOCATE ALL'; RETURN 1; END $$"
         )
-    store.browse(f"SELECT {namespace}.forget()")  # hidden in a function, so that psycopg does not take note
-
-    assert ["replayed", "executed"] == [guard.call(charge, order).kind for order in (3, 10)]
+    store.browse(f"SELECT {namespace}.forget()")
 
 
 def test_a_forked_child_has_its_own_connections(guard: Guard) -> None:
@@ -486,20 +498,25 @@ def test_transactions_that_see_the_past_are_refused(namespace: str) -> None:
     store.close()
 
 
+def watch_commits(db: psycopg.Connection[Any], namespace: str) -> None:
+    """From now on the table `seen` says how each row that is written was committed."""
+    db.execute(f"CREATE TABLE {namespace}.seen (setting text)")
+    db.execute(
+        f"CREATE FUNCTION {namespace}.see() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO"
+        f" {namespace}.seen VALUES (current_setting('synchronous_commit')); RETURN NULL; END $$"
+    )
+    db.execute(
+        f"CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT OR UPDATE ON {namespace}.runs DEFERRABLE"
+        f" INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION {namespace}.see()"
+    )
+
+
 def test_a_claim_waits_for_the_disk_whatever_the_account_says(namespace: str) -> None:
     """`sync="full"` asks for it where the setting is off."""
     store = PostgresStore(with_setting("synchronous_commit=off"), namespace=namespace)
     store.check()
     with psycopg.connect(postgres_url(), autocommit=True) as db:
-        db.execute(f"CREATE TABLE {namespace}.seen (setting text)")
-        db.execute(
-            f"CREATE FUNCTION {namespace}.see() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO"
-            f" {namespace}.seen VALUES (current_setting('synchronous_commit')); RETURN NULL; END $$"
-        )
-        db.execute(
-            f"CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT OR UPDATE ON {namespace}.runs DEFERRABLE"
-            f" INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION {namespace}.see()"
-        )
+        watch_commits(db, namespace)
         run = store.transact(claim()).row
         assert run is not None
         store.transact(settle(run))
@@ -554,3 +571,107 @@ def test_text_that_is_none_is_an_error_of_the_ledger(namespace: str) -> None:
         store.transact(claim(wf="\ud800"))
     assert [] == store.rows("c")
     store.close()
+
+
+# ── event loops: what tasks ask at one moment is one transaction ──────────────────────
+
+
+async def together(store: PostgresStore, *ops: Op) -> list[Verdict | BaseException]:
+    """What each is answered, all asked at the same moment on a connection that is open."""
+    store.check()
+    return await asyncio.gather(*(store.transact_async(op) for op in ops), return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    "bad", [claim("b", key="\ud800"), claim("b" + os.urandom(9000).hex())], ids=["no text", "too long"]
+)
+def test_a_claim_that_fails_takes_no_other_along(namespace: str, bad: Claim) -> None:
+    """Of three tasks that ask together one asks what cannot be written: it alone is told."""
+    store = PostgresStore(postgres_url(), namespace=namespace)
+    found = asyncio.run(together(store, claim("a"), bad, claim("c")))
+
+    assert ["granted", StoreError, "granted"] == [getattr(one, "kind", type(one)) for one in found]
+    assert [1, 0, 1] == [len(store.rows(call)) for call in ("a", bad.call, "c")]
+    store.close()
+
+
+def test_a_claim_that_waits_for_a_lock_holds_up_no_other(namespace: str) -> None:
+    """Its rival's transaction is open: those that asked with it are answered, it when that has ended."""
+    store = PostgresStore(postgres_url(), namespace=namespace)
+    run = store.transact(claim("b", lease=1000)).row
+    assert run is not None
+    eventually(functools.partial(store.is_over, run))
+
+    async def ask(owner: psycopg.Connection[Any]) -> list[str]:
+        tasks = [asyncio.ensure_future(store.transact_async(claim(call))) for call in "abc"]
+        first = [(await tasks[n]).kind for n in (0, 2)]
+        assert not tasks[1].done()
+        owner.commit()
+        return [*first, (await tasks[1]).kind]
+
+    with psycopg.connect(postgres_url()) as owner:
+        store.perform_on(owner, settle(run))
+        found = asyncio.run(asyncio.wait_for(ask(owner), 30))
+
+    assert ["granted", "granted", "done"] == found
+    store.close()
+
+
+def test_events_of_one_transaction_have_numbers_of_their_own(namespace: str) -> None:
+    """A hundred claims that are asked together are a hundred events, and a reader meets each once."""
+    store = PostgresStore(postgres_url(), namespace=namespace)
+    asyncio.run(together(store, *(claim(f"call {n}") for n in range(100))))
+
+    eventually(lambda: len(list(store.events())) == 100)
+    assert {f"call {n}" for n in range(100)} == {event["call"] for event in store.events()}
+    store.close()
+
+
+def test_tasks_that_claim_the_same_calls_crosswise_are_all_answered(namespace: str) -> None:
+    """Two stores whose transactions hold many calls at once, asked for in opposite order: one grants each."""
+    stores = [PostgresStore(postgres_url(), namespace=namespace) for _ in range(2)]
+    calls = [f"call {n}" for n in range(60)]
+    for store in stores:
+        store.check()
+
+    def ask(n: int) -> list[Verdict | BaseException]:
+        return asyncio.run(together(stores[n], *(claim(call) for call in (calls, calls[::-1])[n])))
+
+    found = in_parallel(2, ask)
+
+    kinds = zip(found[0], reversed(found[1]), strict=True)
+    assert {("granted", "live"), ("live", "granted")} >= {
+        tuple(getattr(one, "kind", repr(one)) for one in pair) for pair in kinds
+    }
+    for store in stores:
+        store.close()
+
+
+@pytest.mark.parametrize(
+    ("sync", "settings"), [("full", ["on", "on"]), ("claim", ["on", "on"]), ("off", ["off", "off"])]
+)
+def test_what_is_asked_together_lasts_as_the_most_careful_of_it(
+    namespace: str, sync: Literal["full", "claim", "off"], settings: list[str]
+) -> None:
+    """A claim and an end in one transaction: it waits for the disk if one of the two does."""
+    store = PostgresStore(postgres_url(), namespace=namespace, sync=sync)
+    run = store.transact(claim("a")).row
+    assert run is not None
+    with psycopg.connect(postgres_url(), autocommit=True) as db:
+        watch_commits(db, namespace)
+        asyncio.run(together(store, claim("b"), settle(run)))
+
+        assert settings == [row[0] for row in db.execute(f"SELECT setting FROM {namespace}.seen")]
+    store.close()
+
+
+def test_prepared_statements_that_are_gone_are_no_error_for_tasks(guard: Guard, namespace: str) -> None:
+    """The same behind a transaction pooler, of calls that are asked together."""
+
+    async def work(*orders: int) -> list[dict[str, int]]:
+        return await asyncio.gather(*(guard(charge_async, order) for order in orders))
+
+    asyncio.run(work(*range(10)))
+    forget_prepared(guard, namespace)
+
+    assert [{"order": n} for n in (3, 10, 11)] == asyncio.run(work(3, 10, 11))
