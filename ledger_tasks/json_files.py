@@ -41,7 +41,6 @@ from ledger_tasks.portable import (
     parse,
     sync_folder,
 )
-from ledger_tasks.sql import _INSERT as INSERT_TASK
 from ledger_tasks.sqlite import SqliteBook, schema
 
 T = TypeVar("T")
@@ -55,7 +54,6 @@ _EVENT: Final = ("seq", *EVENT_COLUMNS, "hash")
 _INSERT_EVENT: Final = (
     f"INSERT INTO task_events ({', '.join(_EVENT)}) VALUES ({', '.join(f':{name}' for name in _EVENT)})"
 )
-_INSERT_TASK: Final = INSERT_TASK.replace("(session", "(num, session").replace("(:session", "(:num, :session")
 _stores: weakref.WeakSet[JsonTaskStore] = weakref.WeakSet()
 
 
@@ -100,10 +98,12 @@ class JsonBook(SqliteBook):
         return self._found.db.execute(sql, values).fetchall()
 
     def insert(self, row: Row, event: TaskEvent) -> None:
-        super().insert(row, event)  # its number is that of its first event, here and when it is read again
-        sql = "UPDATE tasks SET num = :num WHERE session = :session AND id = :id"
-        self.do(sql, num=self.last, session=self.session, id=row.task.id)
+        super().insert(row, event)
         self.touched[row.task.id] = row
+
+    def insert_row(self, values: dict[str, Any]) -> None:
+        # its number is that of its first event, here and when it is read again
+        super().insert_row({"num": self.last + 1, **values})
 
     def save(self, row: Row, events: Sequence[TaskEvent] = ()) -> None:
         super().save(row, events)
@@ -472,7 +472,7 @@ def _from_story(path: Path, story: Story) -> _Loaded:
     about = json.dumps(story.about, ensure_ascii=False)
     db.execute("INSERT INTO task_sessions VALUES (?, ?)", (story.session, about))
     for row in story.rows.values():
-        db.execute(_INSERT_TASK, {"num": row.num, **book._values(row)})
+        book.insert_row({"num": row.num, **book._values(row)})
         lines.put(row)
     for event in story.events:
         _insert_event(db, event)

@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import resources
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import ledger
 from ledger import SqliteStore, StoreError
@@ -48,7 +48,7 @@ class SqliteBook(SqlBook):
     # document has a table of its own, and what is counted and renewed stays small.
 
     def insert_row(self, values: dict[str, Any]) -> None:
-        self.do(_INSERT, **_without_doc(values))
+        self.do(_INSERT, **{"num": None} | _without_doc(values))
         self.do(
             "INSERT INTO task_docs SELECT num, :doc FROM tasks WHERE session = :session AND id = :id",
             **_doc_of(values),
@@ -77,7 +77,10 @@ class SqliteBook(SqlBook):
         return {"now": self.now, "mono": self._clock.mono(), "boot": ledger._me().boot}
 
 
-_INSERT, _UPDATE = statements([name for name in COLUMNS if name != "doc"])
+_OWN: Final = [name for name in COLUMNS if name != "doc"]
+#: without a number of its own a row gets the next one
+_INSERT: Final = statements(["num", *_OWN])[0]
+_UPDATE: Final = statements(_OWN)[1]
 
 
 def _without_doc(values: dict[str, Any]) -> dict[str, Any]:
