@@ -2012,6 +2012,66 @@ def _not_entered(claim: Claim, run: int) -> Settle:
     return Settle(claim, run, "failed", error="NotPerformed: the tool was not entered")
 
 
+# ═══ What is counted and not written yet ══════════════════════════════════════════════
+
+
+class _Count(NamedTuple):
+    """How many attempts of one kind, for one caller; what the newest attempt at that call had and raised."""
+
+    call: str
+    run: int
+    kind: str
+    tool: str
+    wf: str
+    caller: str
+    args: str | None
+    error: str | None
+    n: int
+
+
+class _Counts:
+    """Sums, so that a store which is away for long costs no memory for each attempt."""
+
+    __slots__ = ("_calls", "_lock")
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a signal handler may count in the midst
+        #: of each call the sums, and what its newest attempt had
+        self._calls: dict[str, tuple[dict[tuple[Any, ...], int], list[str | None]]] = {}
+
+    def add(self, kind: str, claim: Claim, run: int, error: str | None) -> None:
+        """One more attempt."""
+        key = claim.call, run, kind, claim.tool, claim.wf, claim.caller
+        with self._lock:
+            sums, newest = self._calls.setdefault(claim.call, ({}, [None, None]))
+            sums[key] = sums.get(key, 0) + 1
+            newest[:] = claim.args, error
+
+    def take(self) -> list[_Count]:
+        """All of them, in the order of calls, so that two writers never cross."""
+        with self._lock:
+            calls, self._calls = self._calls, {}
+        found = (
+            _Count._make((*key, *newest, n)) for sums, newest in calls.values() for key, n in sums.items()
+        )
+        return sorted(found, key=lambda count: count[:6])
+
+    def put_back(self, counts: Iterable[_Count]) -> None:
+        """What was taken could not be written."""
+        with self._lock:
+            for count in counts:
+                sums, _ = self._calls.setdefault(count.call, ({}, [count.args, count.error]))
+                sums[count[:6]] = sums.get(count[:6], 0) + count.n
+
+    def of(self, call: str) -> int:
+        """How many attempts at a call."""
+        with self._lock:
+            return sum(self._calls[call][0].values()) if call in self._calls else 0
+
+    def __bool__(self) -> bool:
+        return bool(self._calls)
+
+
 # ═══ The keeper: one background thread per store ══════════════════════════════════════
 
 
@@ -2388,8 +2448,8 @@ class SqliteStore(Store):
         self._broken = self._breaks = False  # forked while a transaction was open, and by the last fork
         self._synchronous = ""
         self._local_disk = False
-        self._counts: deque[tuple[Any, ...]] = deque()
-        self._in_flight: list[tuple[Any, ...]] = []  # counts that are being written
+        self._counts = _Counts()
+        self._in_flight: list[_Count] = []  # counts that are being written
         self._counting = threading.RLock()
         self._unrolled = 0  # about how many events the totals do not know yet
         self._owners: dict[str, _Process] = {}
@@ -2913,7 +2973,7 @@ class SqliteStore(Store):
     def describe(self, rows: Sequence[Run], blocked: int | None = None) -> Record:
         """The record of a call from its runs, with what is counted here and not written yet."""
         call = rows[-1].call
-        waiting = sum(count[0] == call for count in [*self._counts.copy(), *self._in_flight])
+        waiting = self._counts.of(call) + sum(count.n for count in self._in_flight if count.call == call)
         return super().describe(rows, sum(r.blocked for r in rows) + waiting if blocked is None else blocked)
 
     def look(self, call: str) -> Record | None:
@@ -3001,7 +3061,7 @@ class SqliteStore(Store):
 
     def count(self, kind: str, claim: Claim, run: int, error: str | None = None) -> None:
         """Count an attempt that ran nothing, or one of an unlimited tool; written within 200 ms."""
-        self._counts.append((claim.call, run, kind, claim.tool, claim.wf, claim.caller, claim.args, error))
+        self._counts.add(kind, claim, run, error)
         keeper = self._keeper
         if keeper is None or not keeper.counting:
             self.keeper.counted()
@@ -3011,23 +3071,20 @@ class SqliteStore(Store):
         if self._pid != os.getpid():
             return
         with self._counting:  # who finds nothing left waits until another thread has written it
-            taken = self._in_flight
-            while self._counts:
-                taken.append(self._counts.popleft())
-            if taken or self._unrolled >= 1000:
-                self.submit(lambda db: self._write_counts(db, taken), durable=False, patience=patience)
-                self._in_flight = []
+            if self._counts or self._unrolled >= 1000:
+                self._in_flight = taken = self._counts.take()
+                try:
+                    self.submit(lambda db: self._write_counts(db, taken), durable=False, patience=patience)
+                except BaseException:
+                    self._counts.put_back(taken)
+                    raise
+                finally:
+                    self._in_flight = []
                 self._unrolled = 0
 
-    def _write_counts(self, db: sqlite3.Connection, taken: list[tuple[Any, ...]]) -> None:
-        sums: dict[tuple[Any, ...], int] = {}
-        last: dict[str, tuple[Any, ...]] = {}
-        for count in taken:
-            sums[count[:6]] = sums.get(count[:6], 0) + 1
-            last[count[0]] = count[6:]
+    def _write_counts(self, db: sqlite3.Connection, taken: list[_Count]) -> None:
         now = self.clock.wall()
-        for (call, run, kind, tool, wf, caller), n in sums.items():
-            args, error = last[call]
+        for call, run, kind, tool, wf, caller, args, error, n in taken:
             if kind == "blocked":
                 where = "UPDATE runs SET blocked = blocked + ? WHERE call = ? AND run = ?"
                 if not db.execute(where, (n, call, run)).rowcount:  # reset meanwhile

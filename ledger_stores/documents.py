@@ -486,17 +486,16 @@ class DocumentStore(ServerStore):
 
     # -- counting --
 
-    def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
+    def _write_counts(self, sums: Sequence[ledger._Count]) -> None:
         """Each writer has a number of its own in a document, so that writing it twice counts once."""
         self._look_up()
         self._admit(None)
         numbers: dict[tuple[str, str], int] = {}
-        told: dict[str, tuple[Any, ...]] = {}
+        told: dict[str, ledger._Count] = {}
         for item in sums:
-            call, _, kind = item[:3]
-            name = f"call:{call}" if kind == "blocked" else f"tally:{call}"
-            key = name, f"{kind}_{self._writer.replace('.', '-')}"
-            numbers[key] = numbers.get(key, self._sums.get(key, 0)) + item[-1]
+            name = f"call:{item.call}" if item.kind == "blocked" else f"tally:{item.call}"
+            key = name, f"{item.kind}_{self._writer.replace('.', '-')}"
+            numbers[key] = numbers.get(key, self._sums.get(key, 0)) + item.n
             told[name] = item
         for name, item in told.items():
             fields: Fields = {field: n for (of, field), n in numbers.items() if of == name}
@@ -509,14 +508,17 @@ class DocumentStore(ServerStore):
             self._sums.clear()
             self._writer = ledger.new_token()
 
-    def _write_tally(self, name: str, fields: Fields, item: tuple[Any, ...]) -> None:
-        _, _, _, tool, wf, caller, args, error, _ = item
+    def _write_tally(self, name: str, fields: Fields, item: ledger._Count) -> None:
         now = self._server_time()
-        fields |= {"error": json.dumps(error), "touched": now}
+        fields |= {"error": json.dumps(item.error), "touched": now}
         if self._set(name, fields):
             return
-        made = {"about": json.dumps([tool, wf, caller, args]), "created": now, "first": place_of(now, name)}
-        self._insert(name, {**made, **fields}, scope_of(wf))
+        made = {
+            "about": json.dumps([item.tool, item.wf, item.caller, item.args]),
+            "created": now,
+            "first": place_of(now, name),
+        }
+        self._insert(name, {**made, **fields}, scope_of(item.wf))
         self._set(name, fields)  # somebody else may have made it
 
     # -- looking --

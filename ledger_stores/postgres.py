@@ -302,7 +302,7 @@ class PostgresStore(ServerStore):
             [told, *_] = cursor.fetchone() or (None,)
         return verdict_from(told) if told else Verdict("settled")
 
-    def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
+    def _write_counts(self, sums: Sequence[ledger._Count]) -> None:
         items = json.dumps([[_clean(v) for v in item] for item in sums])
         self._ask_often(
             "SELECT :ns.count($1, $2, $3)" + self._lasting(durable=False), self._writer, self._batch, items

@@ -237,7 +237,7 @@ def test_a_count_that_cannot_be_written_holds_up_no_other(
     store.flush()
 
     assert 3 == blocked(store)
-    assert "(call large) is not counted" in caplog.text
+    assert "(call large) are not counted" in caplog.text
     assert store.look("large") is None
 
 

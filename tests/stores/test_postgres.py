@@ -543,7 +543,7 @@ def test_a_count_that_cannot_be_written_holds_up_no_other(
     store.flush()
 
     assert [3] == [record.blocked for record, _ in store.calls()]
-    assert "(call bad) is not counted" in caplog.text
+    assert "1 attempt(s) at charge (call bad) are not counted" in caplog.text
     store.close()
 
 

@@ -19,7 +19,8 @@ import pytest
 from ledger import Guard, InDoubt, Record, Run, StoreError
 from ledger_stores import open_store
 from ledger_stores.base import ServerStore
-from tests.actors import Actor, Stage, eventually, stage
+from ledger_stores.testing import claim
+from tests.actors import Actor, Stage, eventually, stage, tracing
 from tests.stores.redis_kit import RedisServer
 from tests.stores.servers import OwnPostgres, fresh_namespace
 from tests.stores.way import Way
@@ -604,6 +605,50 @@ def test_a_result_outlives_a_look_that_fails(
     assert 7 == answer
     assert [] == listening.heard
     assert "the callbacks for 'success' are not told" in caplog.text
+
+
+# ── counts of a server that is away ───────────────────────────────────────────────────
+
+
+def test_attempts_at_a_server_that_is_away_are_kept_as_sums(server: Server, namespace: str) -> None:
+    """Twenty thousand cost no more memory than a few, and all arrive once."""
+    store = store_of(server, namespace)
+    store.transact(claim())
+    store.count("blocked", claim(), 1)
+    store.flush()
+    server.stop()
+    with tracing() as grown:
+        for _ in range(4):
+            for _ in range(2500):
+                store.count("blocked", claim(), 1)
+                store.count("ran", claim("free"), 0)
+            with pytest.raises(StoreError):
+                store.flush()
+        assert grown() < 300_000
+    server.start()
+    store.flush()
+
+    assert [("c", 10_001), ("free", 0)] == [(r.call, r.blocked) for r, _ in store.calls()]
+    assert [("free", 10_000)] == [(r.call, r.attempts) for r, rows in store.calls() if not rows]
+    store.close()
+
+
+def test_what_is_counted_while_an_answer_is_lost_is_no_part_of_what_is_repeated(
+    server: Server, namespace: str
+) -> None:
+    """A batch that the server took is sent again as it was; the counts that came meanwhile are another."""
+    with server.way() as way:
+        store = open_store(way.url, namespace=namespace, lock_seconds=30.0, sync="full")
+        store.transact(claim())
+        way.hold(server.looks["count"], "answer")
+        store.count("blocked", claim(), 1)
+        assert way.caught.wait(30)
+        for _ in range(3):
+            store.count("blocked", claim(), 1)
+        way.give_up()
+        store.close()
+
+    assert [4] == [run.blocked for run in rows_of(server, namespace)]
 
 
 # ── a server that hangs, and one that takes no more ───────────────────────────────────
