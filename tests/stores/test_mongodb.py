@@ -24,7 +24,7 @@ from unittest.mock import ANY
 import pytest
 
 import ledger
-from ledger import Guard, KeyConflict, StoreError, UsageError
+from ledger import Guard, KeyConflict, Run, StoreError, UsageError
 from ledger_stores.mongodb import MongoStore
 from ledger_stores.testing import (
     SECOND,
@@ -587,6 +587,62 @@ def test_of_two_inserts_at_once_the_one_that_is_refused_is_asked_again(
 
 
 # ── time ──────────────────────────────────────────────────────────────────────────────
+
+
+def settling(store: MongoStore, run: Run) -> tuple[threading.Thread, list[object]]:
+    """A thread that settles a run, and what came of it."""
+    found: list[object] = []
+
+    def work() -> None:
+        try:
+            found.append(store.transact(settle(run)).kind)
+        except StoreError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread, found
+
+
+def test_a_close_waits_for_what_is_under_way(server: StandIn, store: MongoStore) -> None:
+    """A settlement of several commands, one sent twice, ends on the client that is closed after it."""
+    run = granted(store)
+    other = MongoStore(server.url, namespace="shop")
+    other.transact(renew(run))  # so that the first write of the settlement finds another version
+    other.close()
+    server.loses = {"findAndModify": 1}
+    server.answers.clear()
+    with server.recording() as heard:
+        begun = len(server.heard)
+        settler, found = settling(store, run)
+        eventually(lambda: len(server.heard) > begun)
+        closer = threading.Thread(target=store.close)
+        closer.start()
+        closer.join(0.2)
+        assert closer.is_alive()
+        server.answers.set()
+        settler.join()
+        closer.join()
+
+    assert ["settled"] == found
+    names = [next(iter(command)) for command in heard]
+    assert ["findAndModify", "findAndModify", "find"] == names[:3]
+    assert [len(names) - 1] == [place for place, name in enumerate(names) if name == "endSessions"]
+
+
+def test_a_close_waits_no_longer_than_an_answer_may_take(server: StandIn) -> None:
+    """A server that says nothing does not hold it up for ever; the settlement fails, and is told so."""
+    store = MongoStore(server.url, namespace="shop", lock_seconds=1.0)
+    run = granted(store)
+    server.answers.clear()
+    begun = len(server.heard)
+    settler, found = settling(store, run)
+    eventually(lambda: len(server.heard) > begun)
+    store.close()
+    settler.join()
+
+    [error] = found
+    assert isinstance(error, StoreError)
 
 
 def test_leases_go_by_the_servers_clock(server: StandIn) -> None:
