@@ -661,8 +661,9 @@ class DocumentStore(ServerStore):
             # it may be another ledger that is opened next
             self._own.clear()
             self._succeeded.clear()
-            self._sums.clear()
-            self._writer = ledger.new_token()
+            if not self._in_flight:  # else it may be written already, and must be repeated as it is
+                self._sums.clear()
+                self._writer = ledger.new_token()
             self._disconnect()
 
     def _disconnect(self) -> None:

@@ -589,6 +589,22 @@ def test_of_two_inserts_at_once_the_one_that_is_refused_is_asked_again(
 # ── time ──────────────────────────────────────────────────────────────────────────────
 
 
+def test_counts_that_nobody_confirmed_before_a_close_are_counted_once(
+    server: StandIn, store: MongoStore
+) -> None:
+    """They were written, the answers were lost, and they are repeated after the store was opened again."""
+    granted(store)
+    server.loses = {"update": 100}
+    store.count("blocked", claim(), 1)
+    with pytest.raises(StoreError):
+        store.flush()
+    store.close()
+    server.loses = {}
+    store.flush()
+
+    assert [1] == [run.blocked for run in store.rows("c")]
+
+
 def settling(store: MongoStore, run: Run) -> tuple[threading.Thread, list[object]]:
     """A thread that settles a run, and what came of it."""
     found: list[object] = []
