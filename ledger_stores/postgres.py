@@ -46,6 +46,8 @@ _RETRY_SECONDS = 5.0
 #: what a ledger that is closed for a move answers; the message says why
 MOVED = "LM001"
 _DEADLOCK = "40P01"
+#: how long a batch of counts may be repeated after it was written, and how often a writer removes older ones
+_REPEATED_MICROS, _SWEEP_SECONDS = 7 * 86_400_000_000, 86_400.0
 
 
 class PostgresStore(ServerStore):
@@ -75,6 +77,7 @@ class PostgresStore(ServerStore):
         self._executor: ThreadPoolExecutor | None = None
         self._together = Together(self._still_done)
         self._listening: _Connection | None = None
+        self._sweeps_at = 0.0
 
     # -- connections --
 
@@ -307,6 +310,12 @@ class PostgresStore(ServerStore):
         self._ask_often(
             "SELECT :ns.count($1, $2, $3)" + self._lasting(durable=False), self._writer, self._batch, items
         )
+        if (
+            time.monotonic() >= self._sweeps_at
+        ):  # with the first batch, so that no row comes without a look for old ones
+            old = "DELETE FROM :ns.batches WHERE at < :ns.now_us() - %s RETURNING 1"
+            self._ask(f"WITH old AS ({old}) SELECT COUNT(*) FROM old", (_REPEATED_MICROS,))
+            self._sweeps_at = time.monotonic() + _SWEEP_SECONDS
 
     def reset(self, wf: str | None, asked: int, *, force: bool = False, why: str = "") -> None:
         """Forget every call of a workflow (None: of all) in one transaction.

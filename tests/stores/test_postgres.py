@@ -18,7 +18,7 @@ import pytest
 
 from ledger import Clock, Guard, InProgress, StoreError, UsageError
 from ledger_stores.postgres import PostgresStore
-from ledger_stores.testing import claim, in_parallel, reset, settle
+from ledger_stores.testing import SECOND, claim, in_parallel, reset, settle
 from tests.actors import eventually, stage
 from tests.stores.servers import fresh_namespace, postgres_url
 
@@ -527,6 +527,22 @@ def test_a_ledger_that_was_restored_into_a_younger_cluster_works(namespace: str)
     assert [*before, ("new", "claimed"), ("new", "success")] == [
         (e["call"], e["kind"]) for e in store.events()
     ]
+    store.close()
+
+
+def test_writers_of_long_ago_are_forgotten(namespace: str) -> None:
+    """A new writer of counts removes the numbers of those that were silent for a week, and of no others."""
+    store = PostgresStore(postgres_url(), namespace=namespace)
+    store.transact(claim())
+    with psycopg.connect(postgres_url(), autocommit=True) as db:
+        for writer, days in (("old", 8), ("young", 6)):
+            made = f"INSERT INTO {namespace}.batches VALUES (%s, 1, {namespace}.now_us() - %s)"
+            db.execute(made, (writer, days * 86_400 * SECOND))
+        store.count("blocked", claim(), 1)
+        store.flush()
+        left = {row[0] for row in db.execute(f"SELECT writer FROM {namespace}.batches")}
+
+    assert {"young", store._writer} == left
     store.close()
 
 
