@@ -316,6 +316,23 @@ class MongoStore(DocumentStore):
             # counts belong to a document that is there, whatever became of it since
             return db.rest.update_one({"_id": name}, {"$set": fields}).matched_count > 0
 
+    def _put_counts(self, name: str, fields: Fields) -> Fields | None:
+        with self._opened() as db:
+            # counts belong to a document that is there, whatever became of it since
+            return db.rest.find_one_and_update(
+                {"_id": name},
+                {"$set": fields},
+                projection={"rows": 0, "log": 0},  # all that may be large but the counts
+                return_document=ReturnDocument.AFTER,
+            )
+
+    def _add_up(self, name: str, total: str, seen: int | None, n: int, gone: Sequence[str]) -> None:
+        with self._opened() as db:
+            # nobody else added up meanwhile: what is removed here is in no total yet (null: there is none)
+            db.rest.update_one(
+                {"_id": name, total: seen}, {"$set": {total: n}, "$unset": dict.fromkeys(gone, "")}
+            )
+
     def _listed(self, kind: str, scope: str | None, after: str = "") -> Iterator[tuple[str, str]]:
         part = {"list": kind} if scope is None else {"list": kind, "scope": scope}
         while True:  # each page is a question of its own: nothing stays open on the server
@@ -390,8 +407,8 @@ class MongoStore(DocumentStore):
         """Wait for what is under way, `lock_seconds` at most, finish what is pending and close the connections."""
         super().close()
         limit = time.monotonic() + self._patience
-        while self._left:
-            opened = self._left.pop()
+        left, self._left = self._left, []
+        for opened in left:
             with self._used:
                 self._used.wait_for(lambda: not opened.uses, limit - time.monotonic())  # noqa: B023
             opened.client.close()

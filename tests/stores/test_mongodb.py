@@ -115,6 +115,11 @@ def put(name: str, fields: Doc) -> Doc:
     }  # fmt: skip
 
 
+def count(name: str, fields: Doc) -> Doc:
+    """The command that counts in a document that is there, and answers the small fields of it."""
+    return {**swap(name, "", fields), "query": {"_id": name}}
+
+
 def find(condition: Doc, **more: Any) -> Doc:
     """The command that reads what a majority has."""
     return {"find": "shop", "filter": condition, "readConcern": {"level": "majority"}, **more}
@@ -264,16 +269,40 @@ def test_counts_are_written_as_numbers_of_their_writer(server: StandIn, store: M
             store.count("ran", claim("t"), 0)
             store.flush()
 
-    writer = store._writer.replace(".", "-")
+    writer = f"at{store._named_at}-{store._writer.replace('.', '-')}"
     sums = {"error": "null", "touched": ANY}
     made = {"about": ANY, "created": ANY, "first": ANY, "list": "tally", "scope": ANY}
     assert [
-        put("call:c", {f"blocked_{writer}": 3}),
-        put("tally:t", {f"ran_{writer}": 1, **sums}),
+        count("call:c", {f"blocked_{writer}": 3}),
+        count("tally:t", {f"ran_{writer}": 1, **sums}),
         insert("tally:t", {**made, f"ran_{writer}": 1, **sums}),
-        put("tally:t", {f"ran_{writer}": 1, **sums}),
-        put("tally:t", {f"ran_{writer}": 2, **sums}),
+        count("tally:t", {f"ran_{writer}": 1, **sums}),
+        count("tally:t", {f"ran_{writer}": 2, **sums}),
     ] == said(heard)
+
+
+def test_the_counts_of_old_writers_are_added_up(server: StandIn, store: MongoStore) -> None:
+    """A call that many processes were blocked by has one number of those of long ago, and loses none."""
+    clock = FakeClock()
+    server.clock = clock.wall
+    run = granted(store, lease=10**12)
+    for number in range(60):
+        if number == 30:
+            clock.advance(26 * 3600)
+        store.count("blocked", claim(), 1)
+        store.count("ran", claim("t"), 0)
+        store.close()  # whoever opens it again is another writer
+
+    for name, kind in (("call:c", "blocked"), ("tally:t", "ran")):
+        found = server.documents("shop").find_one({"_id": name})
+        writers = [field for field in found if field.startswith(f"{kind}_at")]
+        assert (30, 30) == (len(writers), found[f"{kind}_over"])
+    assert [60] == [run.blocked for run in store.rows("c")]
+    assert [60] == [record.attempts for record in store.all() if record.call == "t"]
+    store.transact(settle(run))
+    store.reset(None, store.clock.wall() + SECOND)
+    granted(store)
+    assert [0] == [run.blocked for run in store.rows("c")]
 
 
 def test_lists_go_by_an_index_a_page_at_a_time(server: StandIn, store: MongoStore) -> None:
@@ -384,7 +413,12 @@ def test_two_round_trips_run_a_call_and_one_answers_a_duplicate(server: StandIn,
 
 def names_in(heard: list[Doc]) -> list[str]:
     """The commands of callers: counts are written in the background, whenever it is time."""
-    return [name for name in (next(iter(command)) for command in heard) if name != "update"]
+    return [next(iter(command)) for command in heard if not is_count(command)]
+
+
+def is_count(command: Doc) -> bool:
+    """Whether it changes nothing but what was counted."""
+    return any(field.startswith("blocked_at") for field in command.get("update", {}).get("$set", ()))
 
 
 def test_many_that_wait_are_found_by_one_poller(server: StandIn, store: MongoStore) -> None:
@@ -594,7 +628,7 @@ def test_counts_that_nobody_confirmed_before_a_close_are_counted_once(
 ) -> None:
     """They were written, the answers were lost, and they are repeated after the store was opened again."""
     granted(store)
-    server.loses = {"update": 100}
+    server.loses = {"findAndModify": 100}
     store.count("blocked", claim(), 1)
     with pytest.raises(StoreError):
         store.flush()
