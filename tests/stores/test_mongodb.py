@@ -884,6 +884,7 @@ def test_a_server_that_does_not_answer_is_an_error(server: StandIn, listens: boo
             guard(charge)
     assert "hunter2" not in str(told.value)
     server.answers.set()
+    guard.close()
 
 
 @pytest.mark.slow
@@ -913,6 +914,7 @@ def test_a_wrong_password_is_not_shown(server: StandIn) -> None:
     ) as told:
         guard(charge)
     assert "hunter2" not in str(told.value)
+    guard.close()
 
 
 @pytest.mark.parametrize(
