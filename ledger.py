@@ -1922,6 +1922,12 @@ class Store:
 
         return await asyncio.get_running_loop().run_in_executor(self.executor, self.quick, call)
 
+    async def off_loop(self, look: Callable[[], T]) -> T:
+        """What a function finds that asks the store, without blocking the event loop."""
+        import asyncio
+
+        return await asyncio.get_running_loop().run_in_executor(self.executor, look)
+
     # -- fork --
 
     def _before_fork(self) -> None:
@@ -2004,6 +2010,66 @@ def _busy_reset(record: Record) -> InProgress:
 
 def _not_entered(claim: Claim, run: int) -> Settle:
     return Settle(claim, run, "failed", error="NotPerformed: the tool was not entered")
+
+
+# ═══ What is counted and not written yet ══════════════════════════════════════════════
+
+
+class _Count(NamedTuple):
+    """How many attempts of one kind, for one caller; what the newest attempt at that call had and raised."""
+
+    call: str
+    run: int
+    kind: str
+    tool: str
+    wf: str
+    caller: str
+    args: str | None
+    error: str | None
+    n: int
+
+
+class _Counts:
+    """Sums, so that a store which is away for long costs no memory for each attempt."""
+
+    __slots__ = ("_calls", "_lock")
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a signal handler may count in the midst
+        #: of each call the sums, and what its newest attempt had
+        self._calls: dict[str, tuple[dict[tuple[Any, ...], int], list[str | None]]] = {}
+
+    def add(self, kind: str, claim: Claim, run: int, error: str | None) -> None:
+        """One more attempt."""
+        key = claim.call, run, kind, claim.tool, claim.wf, claim.caller
+        with self._lock:
+            sums, newest = self._calls.setdefault(claim.call, ({}, [None, None]))
+            sums[key] = sums.get(key, 0) + 1
+            newest[:] = claim.args, error
+
+    def take(self) -> list[_Count]:
+        """All of them, in the order of calls, so that two writers never cross."""
+        with self._lock:
+            calls, self._calls = self._calls, {}
+        found = (
+            _Count._make((*key, *newest, n)) for sums, newest in calls.values() for key, n in sums.items()
+        )
+        return sorted(found, key=lambda count: count[:6])
+
+    def put_back(self, counts: Iterable[_Count]) -> None:
+        """What was taken could not be written."""
+        with self._lock:
+            for count in counts:
+                sums, _ = self._calls.setdefault(count.call, ({}, [count.args, count.error]))
+                sums[count[:6]] = sums.get(count[:6], 0) + count.n
+
+    def of(self, call: str) -> int:
+        """How many attempts at a call."""
+        with self._lock:
+            return sum(self._calls[call][0].values()) if call in self._calls else 0
+
+    def __bool__(self) -> bool:
+        return bool(self._calls)
 
 
 # ═══ The keeper: one background thread per store ══════════════════════════════════════
@@ -2382,8 +2448,8 @@ class SqliteStore(Store):
         self._broken = self._breaks = False  # forked while a transaction was open, and by the last fork
         self._synchronous = ""
         self._local_disk = False
-        self._counts: deque[tuple[Any, ...]] = deque()
-        self._in_flight: list[tuple[Any, ...]] = []  # counts that are being written
+        self._counts = _Counts()
+        self._in_flight: list[_Count] = []  # counts that are being written
         self._counting = threading.RLock()
         self._unrolled = 0  # about how many events the totals do not know yet
         self._owners: dict[str, _Process] = {}
@@ -2907,7 +2973,7 @@ class SqliteStore(Store):
     def describe(self, rows: Sequence[Run], blocked: int | None = None) -> Record:
         """The record of a call from its runs, with what is counted here and not written yet."""
         call = rows[-1].call
-        waiting = sum(count[0] == call for count in [*self._counts.copy(), *self._in_flight])
+        waiting = self._counts.of(call) + sum(count.n for count in self._in_flight if count.call == call)
         return super().describe(rows, sum(r.blocked for r in rows) + waiting if blocked is None else blocked)
 
     def look(self, call: str) -> Record | None:
@@ -2995,7 +3061,7 @@ class SqliteStore(Store):
 
     def count(self, kind: str, claim: Claim, run: int, error: str | None = None) -> None:
         """Count an attempt that ran nothing, or one of an unlimited tool; written within 200 ms."""
-        self._counts.append((claim.call, run, kind, claim.tool, claim.wf, claim.caller, claim.args, error))
+        self._counts.add(kind, claim, run, error)
         keeper = self._keeper
         if keeper is None or not keeper.counting:
             self.keeper.counted()
@@ -3005,23 +3071,20 @@ class SqliteStore(Store):
         if self._pid != os.getpid():
             return
         with self._counting:  # who finds nothing left waits until another thread has written it
-            taken = self._in_flight
-            while self._counts:
-                taken.append(self._counts.popleft())
-            if taken or self._unrolled >= 1000:
-                self.submit(lambda db: self._write_counts(db, taken), durable=False, patience=patience)
-                self._in_flight = []
+            if self._counts or self._unrolled >= 1000:
+                self._in_flight = taken = self._counts.take()
+                try:
+                    self.submit(lambda db: self._write_counts(db, taken), durable=False, patience=patience)
+                except BaseException:
+                    self._counts.put_back(taken)
+                    raise
+                finally:
+                    self._in_flight = []
                 self._unrolled = 0
 
-    def _write_counts(self, db: sqlite3.Connection, taken: list[tuple[Any, ...]]) -> None:
-        sums: dict[tuple[Any, ...], int] = {}
-        last: dict[str, tuple[Any, ...]] = {}
-        for count in taken:
-            sums[count[:6]] = sums.get(count[:6], 0) + 1
-            last[count[0]] = count[6:]
+    def _write_counts(self, db: sqlite3.Connection, taken: list[_Count]) -> None:
         now = self.clock.wall()
-        for (call, run, kind, tool, wf, caller), n in sums.items():
-            args, error = last[call]
+        for call, run, kind, tool, wf, caller, args, error, n in taken:
             if kind == "blocked":
                 where = "UPDATE runs SET blocked = blocked + ? WHERE call = ? AND run = ?"
                 if not db.execute(where, (n, call, run)).rowcount:  # reset meanwhile
@@ -3596,7 +3659,7 @@ class _Reply(NamedTuple):
 
 
 #: what an attempt asks its driver to do: (what, argument)
-_Step = tuple[Literal["transact", "rows", "wait", "run", "user"], Any]
+_Step = tuple[Literal["transact", "rows", "look", "wait", "run", "user"], Any]
 
 _running: contextvars.ContextVar[tuple[_Attempt, ...]] = contextvars.ContextVar("ledger_running", default=())
 
@@ -3647,7 +3710,7 @@ class _Attempt:
         self.pid: int
         self.sent: float
 
-    def prepare(self) -> Self:
+    def _prepare(self) -> None:
         """What only an attempt that may run needs."""
         claim = self.claim
         self.pid = os.getpid()
@@ -3663,7 +3726,6 @@ class _Attempt:
         )
         if key is None and not self.policy.unlimited:
             self.guard._watch_burst(self.tool, self.claim, text)
-        return self
 
     def show(self) -> str:
         """The arguments as JSON; from here on their secrets are known, for errors and results."""
@@ -3672,6 +3734,7 @@ class _Attempt:
 
     def steps(self) -> Generator[_Step, Any, _Reply]:
         """Claim, run and settle; or answer what a duplicate gets."""
+        self._prepare()
         if self.policy.unlimited:
             return (yield from self._unlimited())
         deadline = time.monotonic() + self.policy.wait
@@ -3707,22 +3770,23 @@ class _Attempt:
         row = verdict.row
         if verdict.kind == "lost" or row is None:
             return None
-        self._refuse_mismatch(row)
+        yield from self._refuse_mismatch(row)
         if verdict.kind == "done":
-            return self.answer_done(row.run, row.result)
+            return (yield from self._answer_done(row.run, row.result))
         if verdict.kind == "reconcile":
             return (yield from self._reconcile(row))
         if verdict.kind == "doubt":
-            raise self._in_doubt(self.store.describe([row])._replace(in_doubt=True))
+            record = yield self._described(row)
+            raise (yield from self._in_doubt(record._replace(in_doubt=True)))
         if self.claim.forced:
-            self.guard._refuse_live(self, verdict, "run")
+            yield ("look", functools.partial(self.guard._refuse_live, self, verdict, "run"))
         if not self.policy.replay:
-            return self._answer_blocked(row.run, "is running")
+            return (yield from self._answer_blocked(row.run, "is running"))
         own = any(a.claim.token == row.owner for a in _running.get())
         left = deadline - time.monotonic()
         if own or left <= 0:
-            self._count(row.run)
-            record = self.store.describe([row])
+            yield from self._count(row.run)
+            record = yield self._described(row)
             why, advice = "is still running", "wait for it, or allow more with wait=…"
             if own:
                 why, advice = "is what this call is part of", "a tool cannot wait for its own end"
@@ -3735,9 +3799,13 @@ class _Attempt:
         yield ("wait", min(left, self.store.pause(self.policy.wait - left)))
         return None
 
-    def _in_doubt(self, record: Record, why: str = "") -> InDoubt:
-        self._count(record.run)
-        self.guard._tell_doubt(record)
+    def _described(self, row: Run) -> _Step:
+        """A look for the record of a call from that run."""
+        return "look", functools.partial(self.store.describe, [row])
+
+    def _in_doubt(self, record: Record, why: str = "") -> Generator[_Step, Any, InDoubt]:
+        yield from self._count(record.run)
+        self.guard._tell("doubt", record)
         return InDoubt(
             f"{record.short} did not run: run {record.run} of call {record.call}, started at "
             f"{_clock_text(record.started)} in {record.holder}, ended without a known outcome"
@@ -3746,25 +3814,26 @@ class _Attempt:
             record,
         )
 
-    def _refuse_mismatch(self, row: Run) -> None:
+    def _refuse_mismatch(self, row: Run) -> Generator[_Step, Any, None]:
         """Parameters named in match= must be what they were."""
         if differ := _mismatch(row.matched, self.claim.matched):
-            self._count(row.run)
+            yield from self._count(row.run)
+            record = yield self._described(row)
             raise KeyConflict(
                 f"{_short(row.tool)} did not run: call {row.call} was made before with another "
                 f"{', '.join(differ)}; use another key for another action",
-                self.store.describe([row]),
+                record,
             )
 
     def _reconcile(self, row: Run) -> Generator[_Step, Any, _Reply | None]:
         """Ask the user's function what really happened; nothing is written before its answer."""
-        record = self.store.describe([row])._replace(in_doubt=True)
+        record = (yield self._described(row))._replace(in_doubt=True)
         try:
             answer = yield ("user", (self.policy.on_doubt, record))
         except Exception as error:
-            raise self._in_doubt(record, f" (reconcile failed: {error!r})") from error
+            raise (yield from self._in_doubt(record, f" (reconcile failed: {error!r})")) from error
         if answer is STILL_UNKNOWN:
-            raise self._in_doubt(record)
+            raise (yield from self._in_doubt(record))
         if answer is NOT_DONE:
             self.claim = self.claim._replace(not_done=(row.run, row.owner))
             verdict = yield from self._claim()
@@ -3781,7 +3850,7 @@ class _Attempt:
         claim, row = self.claim, cast("Run", verdict.row)
         self.run = row.run
         if verdict.closed is not None:
-            self.guard._tell_doubt(self.store.describe([verdict.closed]))
+            yield from self._tell("doubt", self._described(verdict.closed))
         stalled = time.monotonic() - self.sent > claim.lease / _MICROS
         if stalled and (yield ("transact", Renew(claim, self.run))).kind != "renewed":
             self.open = False
@@ -3837,7 +3906,7 @@ class _Attempt:
             except StoreError as error:
                 if not error.full:
                     raise
-                self.store.make_room()
+                yield ("look", self.store.make_room)
                 verdict = yield ("transact", ending)
         except LedgerError as error:
             keeper.keep(ending, self)
@@ -3848,13 +3917,15 @@ class _Attempt:
             )
             return
         keeper.forget(claim.token)
+        self.open = False
         if verdict.kind != "settled":
             _warn(
                 f"{_short(claim.tool)} (call {claim.call}): run {self.run} had been given up when it "
                 f"ended as {ending.status.upper()}; "
                 f"{'recorded as a late end' if verdict.kind == 'late' else 'its call was reset'}"
             )
-        self.guard._after_settle(self, ending)
+        self.guard._say_end(claim.tool, ending)
+        yield from self._tell(ending.status, ("look", self._whole))
 
     def _unlimited(self) -> Generator[_Step, Any, _Reply]:
         claim = self.claim
@@ -3898,42 +3969,60 @@ class _Attempt:
         """Whether one recorded success is an answer, so that a look may save all the rest."""
         return self.policy.simple and not self.claim.forced
 
-    def answer_known(self, runs: Sequence[tuple[str, int, str | None, int]]) -> _Reply | None:
-        """The answer if the latest run succeeded; else remember whether there was any."""
+    def answers(self, runs: Sequence[tuple[str, int, str | None, int]]) -> Generator[_Step, Any, _Reply]:
+        """What a look a moment ago leads to: the answer if the latest run succeeded, else all `steps`."""
         if runs and runs[-1][0] == "success" and not runs[-1][1]:
-            return self.answer_done(runs[-1][3], runs[-1][2])
+            return self._answer_done(runs[-1][3], runs[-1][2])
         self.is_new = not runs
-        return None
+        return self.steps()
 
-    def answer_done(self, run: int, result: str | None) -> _Reply:
+    def _answer_done(self, run: int, result: str | None) -> Generator[_Step, Any, _Reply]:
         """The recorded result, or that it was done."""
         if not self.policy.replay or result is None:
-            return self._answer_blocked(run, "already done")
-        self._count(run)
+            return (yield from self._answer_blocked(run, "already done"))
+        yield from self._count(run)
         if not self.guard._is_quiet():
             self.guard._say(f"↺ {self.guard._shown_name(self.claim.tool)} replayed")
         return _Reply("waited" if self.waited else "replayed", self.tool.restore(result))
 
-    def _answer_blocked(self, run: int, why: str) -> _Reply:
-        self._count(run)
+    def _answer_blocked(self, run: int, why: str) -> Generator[_Step, Any, _Reply]:
+        yield from self._count(run)
         if not self.guard._is_quiet():
             self.guard._say(f"⊘ {self.guard._shown_name(self.claim.tool)} blocked: {why}")
         value = self.policy.blocked_return
         if value is _NOTHING:
             return _Reply("blocked", None)
         if callable(value):
-            return _Reply("blocked", value(self.store.describe(self.store.rows(self.claim.call))))
+            return _Reply("blocked", value((yield "look", self._whole)))
         import copy
 
         return _Reply("blocked", copy.deepcopy(value))
 
-    def _count(self, run: int) -> None:
+    def _count(self, run: int) -> Generator[_Step, Any, None]:
         claim = self.claim
         if not claim.caller:
             claim = claim._replace(caller=f"pid {os.getpid()}")
         self.store.count("blocked", claim, run)
         if "blocked" in self.guard._callbacks:
-            self.guard._tell("blocked", self.store.describe(self.store.rows(claim.call)))
+            yield from self._tell("blocked", ("look", self._whole))
+
+    def _whole(self) -> Record:
+        """The record of this call, with all that is counted; from memory if it was reset meanwhile."""
+        rows = self.store.rows(self.claim.call)
+        return self.store.describe(rows) if rows else _record([self.last_row()], 0)
+
+    def _tell(self, what: str, look: _Step) -> Generator[_Step, Any, None]:
+        """Tell the callbacks; that their record cannot be read changes nothing for the caller."""
+        if what in self.guard._callbacks:
+            try:
+                record = yield look
+            except LedgerError as error:
+                _warn(
+                    f"{_short(self.claim.tool)} (call {self.claim.call}): the callbacks for {what!r} are not told, "
+                    f"because the record could not be read: {error}"
+                )
+            else:
+                self.guard._tell(what, record)
 
 
 def _error_text(error: BaseException) -> str:
@@ -3952,9 +4041,8 @@ def _trace_text(error: BaseException) -> str:
         return ""
 
 
-def _drive(attempt: _Attempt) -> _Reply:
+def _drive(attempt: _Attempt, course: Generator[_Step, Any, _Reply]) -> _Reply:
     """Run one attempt in this thread."""
-    course = attempt.steps()
     try:
         step = course.send(None)
         while True:
@@ -3976,6 +4064,8 @@ def _perform(attempt: _Attempt, what: str, argument: Any) -> Any:
         return attempt.store.transact(argument)
     if what == "rows":
         return attempt.store.rows(attempt.claim.call)
+    if what == "look":
+        return argument()
     if what == "wait":
         return attempt.store.wait(attempt.claim.call, argument)
     if what == "user":
@@ -4002,9 +4092,8 @@ def _refuse_coroutine(attempt: _Attempt, value: Any) -> Any:
     return value
 
 
-async def _drive_async(attempt: _Attempt) -> _Reply:
+async def _drive_async(attempt: _Attempt, course: Generator[_Step, Any, _Reply]) -> _Reply:
     """Run one attempt in an event loop."""
-    course = attempt.steps()
     try:
         step = course.send(None)
         while True:
@@ -4026,6 +4115,8 @@ async def _perform_async(attempt: _Attempt, what: str, argument: Any) -> Any:
         return await attempt.store.transact_async(argument)
     if what == "rows":
         return await attempt.store.rows_async(attempt.claim.call)
+    if what == "look":
+        return await attempt.store.off_loop(argument)
     if what == "wait":
         return await attempt.store.wait_async(attempt.claim.call, argument)
     if what == "user":
@@ -4220,14 +4311,15 @@ class Guard:
         return (await self._answer_async(attempt)).given()
 
     def _answer(self, attempt: _Attempt) -> _Reply:
-        known = attempt.asks_first and attempt.answer_known(attempt.store.quick(attempt.claim.call))
-        return known or _drive(attempt.prepare())
+        if not attempt.asks_first:
+            return _drive(attempt, attempt.steps())
+        return _drive(attempt, attempt.answers(attempt.store.quick(attempt.claim.call)))
 
     async def _answer_async(self, attempt: _Attempt) -> _Reply:
-        known = attempt.asks_first and attempt.answer_known(
-            await attempt.store.quick_async(attempt.claim.call)
-        )
-        return known or await _drive_async(attempt.prepare())
+        if not attempt.asks_first:
+            return await _drive_async(attempt, attempt.steps())
+        runs = await attempt.store.quick_async(attempt.claim.call)
+        return await _drive_async(attempt, attempt.answers(runs))
 
     def _attempt(
         self, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, forced: bool = False
@@ -4340,25 +4432,23 @@ class Guard:
 
     # -- telling --
 
-    def _after_settle(self, attempt: _Attempt, ending: Settle) -> None:
+    def _say_end(self, tool: str, ending: Settle) -> None:
         if not self._is_quiet():
             mark = {"success": "✓", "failed": "✗", "suspended": "⏸"}.get(ending.status, "?")
             told = f"   → {ending.error.splitlines()[0]}" if ending.error else ""
-            self._say(f"{mark} {self._shown_name(attempt.claim.tool)}{told}")
-        rows = attempt.store.rows(attempt.claim.call) if ending.status in self._callbacks else []
-        if rows and ending.status == "doubt":
-            self._tell_doubt(attempt.store.describe(rows))
-        elif rows:
-            self._tell(ending.status, attempt.store.describe(rows))
-
-    def _tell_doubt(self, record: Record) -> None:
-        """Once for each run, however many duplicates come upon it."""
-        if "doubt" in self._callbacks and (record.call, record.run) not in self._told_doubts:
-            self._told_doubts.append((record.call, record.run))
-            self._tell("doubt", record)
+            self._say(f"{mark} {self._shown_name(tool)}{told}")
 
     def _tell(self, what: str, record: Record) -> None:
-        """A callback's exception never reaches the tool's caller, and never vanishes."""
+        """A callback's exception never reaches the tool's caller, and never vanishes.
+
+        A doubt is told once for each run, however many duplicates come upon it.
+        """
+        if what not in self._callbacks or (
+            what == "doubt" and (record.call, record.run) in self._told_doubts
+        ):
+            return
+        if what == "doubt":
+            self._told_doubts.append((record.call, record.run))
         for callback in self._callbacks[what]:
             try:
                 returned = callback(record)

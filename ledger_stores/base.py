@@ -9,7 +9,6 @@ import re
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -35,7 +34,6 @@ _AT_ONCE, _LOOP_SECONDS = 64, 0.25
 RETRY_SECONDS = 5.0
 #: what a talk with a server yields when it waits for the server, and what it is told when there is something to read
 READABLE = 1
-Count = tuple[str, int, str, str, str, str, str | None, str | None]
 #: status, released, result and number of a run
 Brief = tuple[str, int, str | None, int]
 #: sends questions and ends with their answers; see `READABLE`
@@ -106,8 +104,10 @@ class ServerStore(Store):
         self._pid = os.getpid()
         self._opening = threading.RLock()
         self._failed = 0.0, ""
-        self._counts: deque[Count] = deque()
-        self._in_flight: list[Count] = []
+        self._counts = ledger._Counts()
+        #: what waits to be written, and what is: a batch whose answer was lost is repeated as it is
+        self._taken: list[ledger._Count] = []
+        self._in_flight: list[ledger._Count] = []
         self._alone = False  # what is in flight is written one by one
         self._counting = threading.RLock()
         self._writer, self._batch = ledger.new_token(), 0
@@ -254,7 +254,7 @@ class ServerStore(Store):
 
     def count(self, kind: str, claim: Claim, run: int, error: str | None = None) -> None:
         """Count an attempt that ran nothing, or one of an unlimited tool; written within 200 ms."""
-        self._counts.append((claim.call, run, kind, claim.tool, claim.wf, claim.caller, claim.args, error))
+        self._counts.add(kind, claim, run, error)
         self.keeper.counted()
 
     def flush(self, patience: float = 5.0) -> None:
@@ -262,23 +262,27 @@ class ServerStore(Store):
         if self._pid != os.getpid():
             return
         with self._counting:
-            while self._in_flight or self._counts:
-                if not self._in_flight:  # else its reply was lost: the same again, under its number
-                    self._batch += 1
-                    while self._counts and len(self._in_flight) < _COUNTS:
-                        self._in_flight.append(self._counts.popleft())
+            while self._has_batch():
                 if self._alone or not self._write_together():
                     self._write_alone()
+
+    def _has_batch(self) -> bool:
+        """Whether there is something to write; it is in flight then, under a number of its own."""
+        if not self._in_flight:  # else its reply was lost: the same again, under its number
+            waiting = self._taken or self._counts.take()
+            self._batch += 1
+            self._in_flight, self._taken = waiting[:_COUNTS], waiting[_COUNTS:]
+        return bool(self._in_flight)
 
     def _write_together(self) -> bool:
         """Write what is in flight as one batch; False if the server will never take it."""
         try:
-            self._write_counts(_summed(self._in_flight))
+            self._write_counts(self._in_flight)
         except ledger.StoreError as error:
             if not error.refused:
                 raise
             return False
-        self._in_flight.clear()
+        self._in_flight = []
         return True
 
     def _write_alone(self) -> None:
@@ -287,25 +291,26 @@ class ServerStore(Store):
         while self._in_flight:
             count = self._in_flight[0]
             try:
-                self._write_counts(_summed([count]))
+                self._write_counts([count])
             except ledger.StoreError as error:
                 if not error.refused:
                     raise
                 ledger._warn(
-                    f"an attempt at {ledger._short(count[3])} (call {count[0]}) is not counted: {error}"
+                    f"{count.n} attempt(s) at {ledger._short(count.tool)} (call {count.call}) are not counted: {error}"
                 )
-            del self._in_flight[0]
+            self._in_flight = self._in_flight[1:]
             self._batch += 1
         self._alone = False
 
-    def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
+    def _write_counts(self, sums: Sequence[ledger._Count]) -> None:
         """Write batch number `_batch` of `_writer`, unless it is written already."""
         raise NotImplementedError
 
     def describe(self, rows: Sequence[Run], blocked: int | None = None) -> Record:
         """The record of a call from its runs, with what is counted here and not written yet."""
         call = rows[-1].call
-        waiting = sum(count[0] == call for count in [*self._counts.copy(), *self._in_flight])
+        taken = (count.n for count in [*self._taken, *self._in_flight] if count.call == call)
+        waiting = self._counts.of(call) + sum(taken)
         return super().describe(rows, sum(r.blocked for r in rows) + waiting if blocked is None else blocked)
 
     # -- duplicates that wait --
@@ -765,16 +770,6 @@ class _UnderWay:
 def _tell_all(asked: Sequence[_Asked]) -> None:
     for one in asked:
         one.tell()
-
-
-def _summed(counts: Sequence[Count]) -> list[tuple[Any, ...]]:
-    """One item for each call, run, kind and caller, in the order of calls, so that two writers never cross."""
-    sums: dict[tuple[Any, ...], int] = {}
-    last: dict[str, tuple[str | None, str | None]] = {}
-    for count in counts:
-        sums[count[:6]] = sums.get(count[:6], 0) + 1
-        last[count[0]] = count[6:]
-    return sorted(((*key, *last[key[0]], n) for key, n in sums.items()), key=lambda item: item[:6])
 
 
 def run_from(row: dict[str, Any]) -> Run:

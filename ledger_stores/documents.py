@@ -13,6 +13,11 @@ they decided is written only on the state that they saw.
 
 Every write gives the document a version that never was before, late ends and resets too, so that no
 decision on an older state can be written.  Only counts lie beside the version: they decide nothing.
+
+Each process that counts has a number of its own in the document, which it repeats until that is confirmed;
+it takes a new name each hour, and names of a day ago are added up once there are fifty.  A process that was
+cut off for a day between a count and its answer may count it twice; ten thousand processes that one call
+blocks within a day fill its document on DynamoDB, and further counts are refused with a warning.
 """
 
 from __future__ import annotations
@@ -44,6 +49,10 @@ _TRIES = 1000
 _GOES_ON = (ledger.Settle, ledger.Renew)
 #: what is counted of an unlimited tool
 TALLIED = ("ran", "raised")
+#: how long a writer of counts keeps its name, and how long after that a batch of it may be repeated
+_NAME_MICROS, _REPEATED_MICROS = 3_600_000_000, 86_400_000_000
+#: of how many writers a document has the numbers before old ones are added up, and how many are at once
+_WRITERS, _AT_ONCE = 50, 200
 #: fields of a run that may grow large, and how long one may be in the document of its call
 _TEXTS, _SMALL = ("args", "key", "result", "error", "trace"), 4096
 
@@ -231,6 +240,8 @@ class DocumentStore(ServerStore):
         self._time = ServerClock(self.resolution)
         self._own: dict[str, Document] = {}
         self._sums: dict[tuple[str, str], int] = {}
+        #: since when the writer of counts has its name, and the newest batch that it wrote or tried to
+        self._named_at, self._named_batch = 0, 0
 
     # -- what each of these stores does in its own words --
 
@@ -256,6 +267,14 @@ class DocumentStore(ServerStore):
 
     def _set(self, name: str, fields: Fields) -> bool:
         """Set fields of a document that is there, whatever its version; whether it is."""
+        raise NotImplementedError
+
+    def _put_counts(self, name: str, fields: Fields) -> Fields | None:
+        """`_set`, which tells the counts of all writers there; None if there is no such document."""
+        raise NotImplementedError
+
+    def _add_up(self, name: str, total: str, seen: int | None, n: int, gone: Sequence[str]) -> None:
+        """Remove fields and set a total instead, if it still is what was seen."""
         raise NotImplementedError
 
     def _listed(self, kind: str, scope: str | None, after: str = "") -> Iterator[tuple[str, str]]:
@@ -486,38 +505,62 @@ class DocumentStore(ServerStore):
 
     # -- counting --
 
-    def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
+    def _write_counts(self, sums: Sequence[ledger._Count]) -> None:
         """Each writer has a number of its own in a document, so that writing it twice counts once."""
         self._look_up()
         self._admit(None)
+        writer = self._writers_name()
         numbers: dict[tuple[str, str], int] = {}
-        told: dict[str, tuple[Any, ...]] = {}
+        told: dict[str, ledger._Count] = {}
         for item in sums:
-            call, _, kind = item[:3]
-            name = f"call:{call}" if kind == "blocked" else f"tally:{call}"
-            key = name, f"{kind}_{self._writer.replace('.', '-')}"
-            numbers[key] = numbers.get(key, self._sums.get(key, 0)) + item[-1]
+            name = f"call:{item.call}" if item.kind == "blocked" else f"tally:{item.call}"
+            key = name, f"{item.kind}_{writer}"
+            numbers[key] = numbers.get(key, self._sums.get(key, 0)) + item.n
             told[name] = item
         for name, item in told.items():
             fields: Fields = {field: n for (of, field), n in numbers.items() if of == name}
             if name.startswith("tally:"):
-                self._write_tally(name, fields, item)
+                found = self._write_tally(name, fields, item)
             else:
-                self._set(name, fields)  # where there is none the call was reset meanwhile
+                found = self._put_counts(name, fields)  # where there is none the call was reset meanwhile
+            self._add_up_old(name, found or {})
         self._sums |= numbers
         if len(self._sums) > _OWN:
-            self._sums.clear()
-            self._writer = ledger.new_token()
+            self._named_at = 0
 
-    def _write_tally(self, name: str, fields: Fields, item: tuple[Any, ...]) -> None:
-        _, _, _, tool, wf, caller, args, error, _ = item
+    def _writers_name(self) -> str:
+        """A new name each hour, which tells the time, so that it can be seen who will never write again."""
+        # else it may be written already, together with others or alone, and is repeated as it was
+        if self._batch != self._named_batch and not self._alone:
+            self._named_batch, now = self._batch, self._server_time()
+            if now - self._named_at > _NAME_MICROS:
+                self._named_at, self._writer = now, ledger.new_token()
+                self._sums.clear()
+        return f"at{self._named_at}-{self._writer.replace('.', '-')}"
+
+    def _add_up_old(self, name: str, found: Fields) -> None:
+        """One number for all writers that are over: a document has no room for all who ever counted on it."""
+        since = self._server_time() - _NAME_MICROS - _REPEATED_MICROS
+        for kind in ("blocked", *TALLIED):
+            writers = [field for field in found if field.startswith(f"{kind}_at")]
+            old = [field for field in writers if int(field.partition("_at")[2].partition("-")[0]) < since]
+            if old and len(writers) > _WRITERS:
+                gone, total = old[:_AT_ONCE], f"{kind}_over"
+                seen = found.get(total)
+                self._add_up(name, total, seen, (seen or 0) + sum(found[field] for field in gone), gone)
+
+    def _write_tally(self, name: str, fields: Fields, item: ledger._Count) -> Fields | None:
         now = self._server_time()
-        fields |= {"error": json.dumps(error), "touched": now}
-        if self._set(name, fields):
-            return
-        made = {"about": json.dumps([tool, wf, caller, args]), "created": now, "first": place_of(now, name)}
-        self._insert(name, {**made, **fields}, scope_of(wf))
-        self._set(name, fields)  # somebody else may have made it
+        fields |= {"error": json.dumps(item.error), "touched": now}
+        if found := self._put_counts(name, fields):
+            return found
+        made = {
+            "about": json.dumps([item.tool, item.wf, item.caller, item.args]),
+            "created": now,
+            "first": place_of(now, name),
+        }
+        self._insert(name, {**made, **fields}, scope_of(item.wf))
+        return self._put_counts(name, fields)  # somebody else may have made it
 
     # -- looking --
 
@@ -659,8 +702,8 @@ class DocumentStore(ServerStore):
             # it may be another ledger that is opened next
             self._own.clear()
             self._succeeded.clear()
-            self._sums.clear()
-            self._writer = ledger.new_token()
+            if not self._in_flight:  # else it may be written already, and must be repeated as it is
+                self._named_at = 0
             self._disconnect()
 
     def _disconnect(self) -> None:

@@ -262,6 +262,23 @@ class DynamoStore(DocumentStore):
         # counts belong to a document that is there, whatever became of it since
         return self._update(name, fields, "attribute_exists(id)", {}) is not None
 
+    def _put_counts(self, name: str, fields: Fields) -> Fields | None:
+        return self._update(name, fields, "attribute_exists(id)", {})
+
+    def _add_up(self, name: str, total: str, seen: int | None, n: int, gone: Sequence[str]) -> None:
+        names = {f"#g{place}": field for place, field in enumerate(gone)}
+        values = {":n": {"N": str(n)}, **({} if seen is None else {":seen": {"N": str(seen)}})}
+        self._do(
+            "update_item",
+            Key=self._key(name),
+            UpdateExpression=f"SET #total = :n REMOVE {', '.join(names)}",
+            # nobody else added up meanwhile: what is removed here is in no total yet
+            ConditionExpression="attribute_exists(id) AND "
+            + ("attribute_not_exists(#total)" if seen is None else "#total = :seen"),
+            ExpressionAttributeNames={"#total": total, **names},
+            ExpressionAttributeValues=values,
+        )
+
     def _update(
         self,
         name: str,

@@ -39,11 +39,13 @@ them.  No log of all events is kept: each call keeps the newest of its own.
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 from urllib.parse import unquote
 
 import pymongo
@@ -54,7 +56,7 @@ from pymongo.collection import Collection
 from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
 
-from ledger import StoreError, UsageError
+from ledger import Op, StoreError, UsageError, Verdict
 from ledger_stores.documents import DocumentStore, Fields, boot_micros
 
 #: documents of a list in one answer, and calls that one stream is asked for
@@ -107,13 +109,16 @@ _FAULTS: tuple[tuple[type[Exception], str, str], ...] = (
 )
 
 
-class _Opened(NamedTuple):
+@dataclass(eq=False, slots=True)
+class _Opened:
     """A client, and the documents for writing what a run depends on, the rest, and long texts."""
 
     client: pymongo.MongoClient[dict[str, Any]]
     firm: Collection[dict[str, Any]]
     rest: Collection[dict[str, Any]]
     texts: Collection[dict[str, Any]]
+    #: how many operations are under way on it
+    uses: int = 0
 
 
 class MongoStore(DocumentStore):
@@ -138,6 +143,10 @@ class MongoStore(DocumentStore):
     def _begin(self) -> None:
         super()._begin()
         self._open_one: _Opened | None = None
+        #: guards the counts of uses; what a thread uses for all commands of an operation; what is to be closed
+        self._used = threading.Condition()
+        self._mine = threading.local()
+        self._left: list[_Opened] = []
         self._deaf_until = 0.0
 
     @property
@@ -154,15 +163,38 @@ class MongoStore(DocumentStore):
 
     @contextmanager
     def _opened(self) -> Iterator[_Opened]:
-        """What is open, for one command; the driver's errors come out in our words."""
+        """What is open, and stays so until the end of the block; the driver's errors come out in our words."""
+        outer: _Opened | None = getattr(self._mine, "opened", None)
         try:
-            opened = self._open_one
-            if opened is None:
-                with self._opening:
-                    opened = self._open_one = self._open_one or self._open()
-            yield opened
+            opened = outer or self._begin_use()
+            self._mine.opened = opened
+            try:
+                yield opened
+            finally:
+                if outer is None:
+                    self._mine.opened = None
+                    self._end_use(opened)
         except (errors.PyMongoError, BSONError) as error:
             raise self._translated(error) from error
+
+    def _begin_use(self) -> _Opened:
+        while True:
+            with self._used:
+                if (opened := self._open_one) is not None:
+                    opened.uses += 1
+                    return opened
+            with self._opening:
+                self._open_one = self._open_one or self._open()
+
+    def _end_use(self, opened: _Opened) -> None:
+        with self._used:
+            opened.uses -= 1
+            if not opened.uses:
+                self._used.notify_all()
+
+    def _apply(self, op: Op) -> Verdict:
+        with self._opened():  # a `close` beside it waits for all its commands
+            return super()._apply(op)
 
     def _open(self) -> _Opened:
         """A client; it connects when it is first asked."""
@@ -284,6 +316,23 @@ class MongoStore(DocumentStore):
             # counts belong to a document that is there, whatever became of it since
             return db.rest.update_one({"_id": name}, {"$set": fields}).matched_count > 0
 
+    def _put_counts(self, name: str, fields: Fields) -> Fields | None:
+        with self._opened() as db:
+            # counts belong to a document that is there, whatever became of it since
+            return db.rest.find_one_and_update(
+                {"_id": name},
+                {"$set": fields},
+                projection={"rows": 0, "log": 0},  # all that may be large but the counts
+                return_document=ReturnDocument.AFTER,
+            )
+
+    def _add_up(self, name: str, total: str, seen: int | None, n: int, gone: Sequence[str]) -> None:
+        with self._opened() as db:
+            # nobody else added up meanwhile: what is removed here is in no total yet (null: there is none)
+            db.rest.update_one(
+                {"_id": name, total: seen}, {"$set": {total: n}, "$unset": dict.fromkeys(gone, "")}
+            )
+
     def _listed(self, kind: str, scope: str | None, after: str = "") -> Iterator[tuple[str, str]]:
         part = {"list": kind} if scope is None else {"list": kind, "scope": scope}
         while True:  # each page is a question of its own: nothing stays open on the server
@@ -354,10 +403,21 @@ class MongoStore(DocumentStore):
 
     # -- the end --
 
-    def _disconnect(self) -> None:
-        opened, self._open_one = self._open_one, None
-        if opened is not None:
+    def close(self) -> None:
+        """Wait for what is under way, `lock_seconds` at most, finish what is pending and close the connections."""
+        super().close()
+        limit = time.monotonic() + self._patience
+        left, self._left = self._left, []
+        for opened in left:
+            with self._used:
+                self._used.wait_for(lambda: not opened.uses, limit - time.monotonic())  # noqa: B023
             opened.client.close()
+
+    def _disconnect(self) -> None:
+        with self._used:
+            opened, self._open_one = self._open_one, None
+        if opened is not None:
+            self._left.append(opened)  # whoever uses it may need what is locked here
 
     def _abandon(self) -> None:
         # kept, because a client that is let go complains that nobody closed it, and this one is the parent's

@@ -53,6 +53,8 @@ _DEADLOCK = "40P01"
 _OVERTAKEN = ("40001", _DEADLOCK, "23505")
 #: so many statements of a transaction wait for a question to go with
 _UNSENT = 500
+#: how long a batch of counts may be repeated after it was written, and how often a writer removes older ones
+_REPEATED_MICROS, _SWEEP_SECONDS = 7 * 86_400_000_000, 86_400.0
 
 
 class PostgresStore(ServerStore):
@@ -81,6 +83,7 @@ class PostgresStore(ServerStore):
         self._is_lax = False  # the account's own setting waits for no disk
         self.executor = self._new_executor()
         self._listening: _Connection | None = None
+        self._sweeps_at = 0.0
 
     # -- connections --
 
@@ -372,9 +375,15 @@ class PostgresStore(ServerStore):
             [told, *_] = cursor.fetchone() or (None,)
         return verdict_from(told) if told else Verdict("settled")
 
-    def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
+    def _write_counts(self, sums: Sequence[ledger._Count]) -> None:
         items = json.dumps([[_clean(v) for v in item] for item in sums])
         self._ask_one(self._function("count", self._writer, self._batch, items, durable=False))
+        if (
+            time.monotonic() >= self._sweeps_at
+        ):  # with the first batch: no row comes without a look for old ones
+            old = "DELETE FROM :ns.batches WHERE at < :ns.now_us() - %s RETURNING 1"
+            self._ask(f"WITH old AS ({old}) SELECT COUNT(*) FROM old", (_REPEATED_MICROS,))
+            self._sweeps_at = time.monotonic() + _SWEEP_SECONDS
 
     def reset(self, wf: str | None, asked: int, *, force: bool = False, why: str = "") -> None:
         """Forget every call of a workflow (None: of all) in one transaction.

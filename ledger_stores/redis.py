@@ -386,7 +386,7 @@ class RedisStore(ServerStore):
                 return
             after = found[0]
 
-    def _write_counts(self, sums: list[tuple[Any, ...]]) -> None:
+    def _write_counts(self, sums: Sequence[ledger._Count]) -> None:
         items = [_or_empty(value) for item in sums for value in item]
         self._ask("count", self._writer, self._batch, *items)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ledger import Guard
-from tests.actors import Stage, eventually
+from ledger import Guard, SqliteStore, StoreError
+from ledger_stores.testing import claim
+from tests.actors import Stage, eventually, tracing
 
 LOOK_UP = """
 def look_up(order):
@@ -204,6 +205,30 @@ def test_counts_wait_for_a_locked_file(stage: Stage) -> None:
     actor.ends_well()
 
     assert counts(stage) == (101, 1, 100)
+
+
+def test_attempts_beside_a_locked_file_are_kept_as_sums(tmp_path: Path) -> None:
+    """Twenty thousand cost no more memory than a few, however often they were tried, and all arrive once."""
+    store = SqliteStore(tmp_path / "ledger.db")
+    store.transact(claim())
+    holder = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    with tracing() as grown:
+        for _ in range(4):
+            for _ in range(2500):
+                store.count("blocked", claim(), 1)
+                store.count("ran", claim("free"), 0)
+            with pytest.raises(StoreError):
+                store.flush(patience=0.05)
+        assert grown() < 300_000
+    assert [10_000] == [record.blocked for record, _ in store.calls()]
+    holder.execute("COMMIT")
+    holder.close()
+    store.flush()
+
+    assert [("c", 10_000), ("free", 0)] == [(r.call, r.blocked) for r, _ in store.calls()]
+    assert [("free", 10_000)] == [(r.call, r.attempts) for r, rows in store.calls() if not rows]
+    store.close()
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

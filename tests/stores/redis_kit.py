@@ -45,6 +45,12 @@ class RedisServer:
 
     #: what a claim and a settlement have in them on their way
     marks: ClassVar[dict[str, bytes]] = {"claim": b"\r\nclaim\r\n", "settle": b"\r\nsettle\r\n"}
+    #: what a look for the runs of a call has, and one for the process of an owner; what counts
+    looks: ClassVar[dict[str, bytes]] = {
+        "runs": b"HGETALL",
+        "process": b":processes\r\n",
+        "count": b"\r\ncount\r\n",
+    }
 
     def __init__(self, *settings: str) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="ledger-redis-"))

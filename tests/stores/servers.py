@@ -71,6 +71,12 @@ class OwnPostgres:
 
     #: a parameter that a claim or a settlement alone has; the text of what was prepared is not sent again
     marks: ClassVar[dict[str, bytes]] = {"claim": b"\0\0\0\x05rerun", "settle": b"\0\0\0\x07success"}
+    #: what a look for the runs of a call has, and one for the process of an owner; what counts
+    looks: ClassVar[dict[str, bytes]] = {
+        "runs": b".runs WHERE call = $1 ORDER BY run\0",
+        "process": b".processes WHERE id",
+        "count": b".count(",
+    }
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ledger-pg-"))
@@ -139,7 +145,11 @@ class OwnPostgres:
 
         def dial() -> socket.socket:
             plug = socket.socket(socket.AF_UNIX)
-            plug.connect(place)
+            try:
+                plug.connect(place)
+            except OSError:
+                plug.close()
+                raise
             return plug
 
         rest = f"{at.get('dbname', 'postgres')}?sslmode=disable&gssencmode=disable"

@@ -226,6 +226,23 @@ def test_counts_of_a_batch_that_is_written_twice_count_once(store: DynamoStore) 
     assert 1 == blocked(store)
 
 
+def test_the_counts_of_old_writers_are_added_up() -> None:
+    """A call that many processes were blocked by has one number of those of long ago, and loses none."""
+    clock = FakeClock()
+    store = open_dynamo(clock)
+    granted(store, lease=10**12)
+    for number in range(60):
+        if number == 30:
+            clock.advance(26 * 3600)
+        store.count("blocked", claim(), 1)
+        store.close()  # whoever opens it again is another writer
+
+    [found] = store.found("call", ["c"]).values()
+    assert 30 == len([field for field in found if field.startswith("blocked_at")])
+    assert (30, 60) == (found["blocked_over"], blocked(store))
+    store.close()
+
+
 def test_a_count_that_cannot_be_written_holds_up_no_other(
     store: DynamoStore, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -237,7 +254,7 @@ def test_a_count_that_cannot_be_written_holds_up_no_other(
     store.flush()
 
     assert 3 == blocked(store)
-    assert "(call large) is not counted" in caplog.text
+    assert "(call large) are not counted" in caplog.text
     assert store.look("large") is None
 
 

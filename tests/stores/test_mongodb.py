@@ -24,7 +24,7 @@ from unittest.mock import ANY
 import pytest
 
 import ledger
-from ledger import Guard, KeyConflict, StoreError, UsageError
+from ledger import Guard, KeyConflict, Run, StoreError, UsageError
 from ledger_stores.mongodb import MongoStore
 from ledger_stores.testing import (
     SECOND,
@@ -113,6 +113,11 @@ def put(name: str, fields: Doc) -> Doc:
     return {
         "update": "shop", "updates": [asked], "ordered": True, "writeConcern": MAJORITY, "txnNumber": True,
     }  # fmt: skip
+
+
+def count(name: str, fields: Doc) -> Doc:
+    """The command that counts in a document that is there, and answers the small fields of it."""
+    return {**swap(name, "", fields), "query": {"_id": name}}
 
 
 def find(condition: Doc, **more: Any) -> Doc:
@@ -264,16 +269,40 @@ def test_counts_are_written_as_numbers_of_their_writer(server: StandIn, store: M
             store.count("ran", claim("t"), 0)
             store.flush()
 
-    writer = store._writer.replace(".", "-")
+    writer = f"at{store._named_at}-{store._writer.replace('.', '-')}"
     sums = {"error": "null", "touched": ANY}
     made = {"about": ANY, "created": ANY, "first": ANY, "list": "tally", "scope": ANY}
     assert [
-        put("call:c", {f"blocked_{writer}": 3}),
-        put("tally:t", {f"ran_{writer}": 1, **sums}),
+        count("call:c", {f"blocked_{writer}": 3}),
+        count("tally:t", {f"ran_{writer}": 1, **sums}),
         insert("tally:t", {**made, f"ran_{writer}": 1, **sums}),
-        put("tally:t", {f"ran_{writer}": 1, **sums}),
-        put("tally:t", {f"ran_{writer}": 2, **sums}),
+        count("tally:t", {f"ran_{writer}": 1, **sums}),
+        count("tally:t", {f"ran_{writer}": 2, **sums}),
     ] == said(heard)
+
+
+def test_the_counts_of_old_writers_are_added_up(server: StandIn, store: MongoStore) -> None:
+    """A call that many processes were blocked by has one number of those of long ago, and loses none."""
+    clock = FakeClock()
+    server.clock = clock.wall
+    run = granted(store, lease=10**12)
+    for number in range(60):
+        if number == 30:
+            clock.advance(26 * 3600)
+        store.count("blocked", claim(), 1)
+        store.count("ran", claim("t"), 0)
+        store.close()  # whoever opens it again is another writer
+
+    for name, kind in (("call:c", "blocked"), ("tally:t", "ran")):
+        found = server.documents("shop").find_one({"_id": name})
+        writers = [field for field in found if field.startswith(f"{kind}_at")]
+        assert (30, 30) == (len(writers), found[f"{kind}_over"])
+    assert [60] == [run.blocked for run in store.rows("c")]
+    assert [60] == [record.attempts for record in store.all() if record.call == "t"]
+    store.transact(settle(run))
+    store.reset(None, store.clock.wall() + SECOND)
+    granted(store)
+    assert [0] == [run.blocked for run in store.rows("c")]
 
 
 def test_lists_go_by_an_index_a_page_at_a_time(server: StandIn, store: MongoStore) -> None:
@@ -384,7 +413,12 @@ def test_two_round_trips_run_a_call_and_one_answers_a_duplicate(server: StandIn,
 
 def names_in(heard: list[Doc]) -> list[str]:
     """The commands of callers: counts are written in the background, whenever it is time."""
-    return [name for name in (next(iter(command)) for command in heard) if name != "update"]
+    return [next(iter(command)) for command in heard if not is_count(command)]
+
+
+def is_count(command: Doc) -> bool:
+    """Whether it changes nothing but what was counted."""
+    return any(field.startswith("blocked_at") for field in command.get("update", {}).get("$set", ()))
 
 
 def test_many_that_wait_are_found_by_one_poller(server: StandIn, store: MongoStore) -> None:
@@ -589,6 +623,78 @@ def test_of_two_inserts_at_once_the_one_that_is_refused_is_asked_again(
 # ── time ──────────────────────────────────────────────────────────────────────────────
 
 
+def test_counts_that_nobody_confirmed_before_a_close_are_counted_once(
+    server: StandIn, store: MongoStore
+) -> None:
+    """They were written, the answers were lost, and they are repeated after the store was opened again."""
+    granted(store)
+    server.loses = {"findAndModify": 100}
+    store.count("blocked", claim(), 1)
+    with pytest.raises(StoreError):
+        store.flush()
+    store.close()
+    server.loses = {}
+    store.flush()
+
+    assert [1] == [run.blocked for run in store.rows("c")]
+
+
+def settling(store: MongoStore, run: Run) -> tuple[threading.Thread, list[object]]:
+    """A thread that settles a run, and what came of it."""
+    found: list[object] = []
+
+    def work() -> None:
+        try:
+            found.append(store.transact(settle(run)).kind)
+        except StoreError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread, found
+
+
+def test_a_close_waits_for_what_is_under_way(server: StandIn, store: MongoStore) -> None:
+    """A settlement of several commands, one sent twice, ends on the client that is closed after it."""
+    run = granted(store)
+    other = MongoStore(server.url, namespace="shop")
+    other.transact(renew(run))  # so that the first write of the settlement finds another version
+    other.close()
+    server.loses = {"findAndModify": 1}
+    server.answers.clear()
+    with server.recording() as heard:
+        begun = len(server.heard)
+        settler, found = settling(store, run)
+        eventually(lambda: len(server.heard) > begun)
+        closer = threading.Thread(target=store.close)
+        closer.start()
+        closer.join(0.2)
+        assert closer.is_alive()
+        server.answers.set()
+        settler.join()
+        closer.join()
+
+    assert ["settled"] == found
+    names = [next(iter(command)) for command in heard]
+    assert ["findAndModify", "findAndModify", "find"] == names[:3]
+    assert [len(names) - 1] == [place for place, name in enumerate(names) if name == "endSessions"]
+
+
+def test_a_close_waits_no_longer_than_an_answer_may_take(server: StandIn) -> None:
+    """A server that says nothing does not hold it up for ever; the settlement fails, and is told so."""
+    store = MongoStore(server.url, namespace="shop", lock_seconds=1.0)
+    run = granted(store)
+    server.answers.clear()
+    begun = len(server.heard)
+    settler, found = settling(store, run)
+    eventually(lambda: len(server.heard) > begun)
+    store.close()
+    settler.join()
+
+    [error] = found
+    assert isinstance(error, StoreError)
+
+
 def test_leases_go_by_the_servers_clock(server: StandIn) -> None:
     """The server's time passes and a run lapses; the caller's, years off and standing, changes nothing."""
     clock = FakeClock()
@@ -778,6 +884,7 @@ def test_a_server_that_does_not_answer_is_an_error(server: StandIn, listens: boo
             guard(charge)
     assert "hunter2" not in str(told.value)
     server.answers.set()
+    guard.close()
 
 
 @pytest.mark.slow
@@ -807,6 +914,7 @@ def test_a_wrong_password_is_not_shown(server: StandIn) -> None:
     ) as told:
         guard(charge)
     assert "hunter2" not in str(told.value)
+    guard.close()
 
 
 @pytest.mark.parametrize(

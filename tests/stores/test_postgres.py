@@ -20,7 +20,7 @@ import pytest
 
 from ledger import Claim, Clock, Guard, InProgress, Op, StoreError, UsageError, Verdict
 from ledger_stores.postgres import PostgresStore
-from ledger_stores.testing import claim, in_parallel, reset, settle
+from ledger_stores.testing import SECOND, claim, in_parallel, reset, settle
 from tests.actors import eventually, stage
 from tests.stores.servers import fresh_namespace, postgres_url
 
@@ -547,6 +547,22 @@ def test_a_ledger_that_was_restored_into_a_younger_cluster_works(namespace: str)
     store.close()
 
 
+def test_writers_of_long_ago_are_forgotten(namespace: str) -> None:
+    """A new writer of counts removes the numbers of those that were silent for a week, and of no others."""
+    store = PostgresStore(postgres_url(), namespace=namespace)
+    store.transact(claim())
+    with psycopg.connect(postgres_url(), autocommit=True) as db:
+        for writer, days in (("old", 8), ("young", 6)):
+            made = f"INSERT INTO {namespace}.batches VALUES (%s, 1, {namespace}.now_us() - %s)"
+            db.execute(made, (writer, days * 86_400 * SECOND))
+        store.count("blocked", claim(), 1)
+        store.flush()
+        left = {row[0] for row in db.execute(f"SELECT writer FROM {namespace}.batches")}
+
+    assert {"young", store._writer} == left
+    store.close()
+
+
 def test_a_count_that_cannot_be_written_holds_up_no_other(
     namespace: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -560,7 +576,7 @@ def test_a_count_that_cannot_be_written_holds_up_no_other(
     store.flush()
 
     assert [3] == [record.blocked for record, _ in store.calls()]
-    assert "(call bad) is not counted" in caplog.text
+    assert "1 attempt(s) at charge (call bad) are not counted" in caplog.text
     store.close()
 
 

@@ -16,12 +16,14 @@ from typing import Any, Literal
 
 import pytest
 
-from ledger import Guard, Run, StoreError
+from ledger import Guard, InDoubt, Record, Run, StoreError
 from ledger_stores import open_store
 from ledger_stores.base import ServerStore
-from tests.actors import Actor, Stage, eventually, stage
+from ledger_stores.testing import claim
+from tests.actors import Actor, Stage, eventually, stage, tracing
 from tests.stores.redis_kit import RedisServer
 from tests.stores.servers import OwnPostgres, fresh_namespace
+from tests.stores.way import Way
 
 pytestmark = pytest.mark.slow
 Server = OwnPostgres | RedisServer
@@ -514,6 +516,139 @@ def test_an_event_loop_goes_on_while_the_server_does_not(
     duplicates.owner.tell("end")
     assert "7" == duplicates.owner.line()
     assert ["owner 7"] == crew.effects()
+
+
+async def pay_later(n: int) -> int:
+    """A tool."""
+    return n
+
+
+class Listening:
+    """An async tool whose end or block is told to a function of the user's."""
+
+    def __init__(self, url: str, namespace: str, tells: str) -> None:
+        self.heard: list[tuple[str, bool]] = []
+        self.guard = Guard(url, namespace=namespace, quiet=True, lock_seconds=2)
+        options: dict[str, Any] = {"blocked_return": self.hear} if tells == "blocked_return" else {}
+        if tells.startswith("on_"):
+            getattr(self.guard, tells)(self.hear)
+        self.pay = self.guard.once(name="pay", on_doubt="block", **options)(pay_later)
+        self.guard.check()
+
+    def hear(self, record: Record) -> None:
+        """The user's function; it is called in the thread of the loop."""
+        self.heard.append((record.status, threading.current_thread() is threading.main_thread()))
+
+    async def ask(self, way: Way, then: Callable[[], None]) -> tuple[bool, object]:
+        """Whether the loop goes on while the look is held up, and what the caller gets after that."""
+        call = asyncio.ensure_future(self.pay(7))
+        await asyncio.to_thread(way.caught.wait, 30)
+        goes_on = not call.done()
+        then()
+        [answer] = await asyncio.gather(call, return_exceptions=True)
+        return goes_on, answer
+
+
+@pytest.mark.parametrize(
+    ("tells", "before", "look", "heard"),
+    [
+        ("blocked_return", "done", "runs", ["success"]),
+        ("on_block", "done", "runs", ["success"]),
+        ("on_success", None, "runs", ["success"]),
+        ("on_doubt", "doubt", "process", ["doubt"]),
+        ("InDoubt", "doubt", "process", []),
+    ],
+)
+def test_an_event_loop_goes_on_while_a_record_is_looked_at(
+    server: Server, namespace: str, tells: str, before: str | None, look: str, heard: list[str]
+) -> None:
+    """The look for a callback, a function in blocked_return= or an error is held up; the loop is not."""
+
+    def pay(n: int) -> int:
+        if before == "doubt":
+            raise KeyboardInterrupt
+        return n
+
+    with contextlib.closing(Guard(server.url, namespace=namespace, quiet=True)) as other, server.way() as way:
+        if before:
+            with contextlib.suppress(KeyboardInterrupt):
+                other.once(name="pay")(pay)(7)
+        listening = Listening(way.url, namespace, tells)
+        way.hold(server.looks[look], "message")
+        goes_on, answer = asyncio.run(listening.ask(way, way.go_on))
+        listening.guard.close()
+
+    assert goes_on
+    assert [(status, True) for status in heard] == listening.heard
+    if before == "doubt":
+        assert isinstance(answer, InDoubt)
+    else:
+        assert (None if before else 7) == answer
+
+
+def test_a_result_outlives_a_look_that_fails(
+    server: Server, namespace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tool has run and its end is written: that its callback is not told is a warning, not an error."""
+
+    def end() -> None:
+        server.stop()
+        way.give_up()
+
+    with server.way() as way:
+        listening = Listening(way.url, namespace, "on_success")
+        way.hold(server.looks["runs"], "message")
+        _, answer = asyncio.run(listening.ask(way, end))
+        server.start()
+        listening.guard.close()
+
+    assert 7 == answer
+    assert [] == listening.heard
+    assert "the callbacks for 'success' are not told" in caplog.text
+
+
+# ── counts of a server that is away ───────────────────────────────────────────────────
+
+
+def test_attempts_at_a_server_that_is_away_are_kept_as_sums(server: Server, namespace: str) -> None:
+    """Twenty thousand cost no more memory than a few, and all arrive once."""
+    store = store_of(server, namespace)
+    store.transact(claim())
+    store.count("blocked", claim(), 1)
+    store.flush()
+    server.stop()
+    with tracing() as grown:
+        for _ in range(4):
+            for _ in range(2500):
+                store.count("blocked", claim(), 1)
+                store.count("ran", claim("free"), 0)
+            with pytest.raises(StoreError):
+                store.flush()
+        assert grown() < 300_000
+    server.start()
+    store.flush()
+
+    assert [("c", 10_001), ("free", 0)] == [(r.call, r.blocked) for r, _ in store.calls()]
+    assert [("free", 10_000)] == [(r.call, r.attempts) for r, rows in store.calls() if not rows]
+    store.close()
+
+
+def test_what_is_counted_while_an_answer_is_lost_is_no_part_of_what_is_repeated(
+    server: Server, namespace: str
+) -> None:
+    """A batch that the server took is sent again as it was; the counts that came meanwhile are another."""
+    with server.way() as way:
+        store = open_store(way.url, namespace=namespace, lock_seconds=30.0, sync="full")
+        store.transact(claim())
+        way.hold(server.looks["count"], "answer")
+        store.count("blocked", claim(), 1)
+        assert way.caught.wait(30)
+        for _ in range(3):
+            store.count("blocked", claim(), 1)
+        way.give_up()
+        store.close()
+
+    assert [4] == [run.blocked for run in rows_of(server, namespace)]
 
 
 # ── a server that hangs, and one that takes no more ───────────────────────────────────
