@@ -505,6 +505,7 @@ class Machine(RuleBasedStateMachine):
             which = dice.randrange(len(self.model.items))
             item = self.pick(which)
             able = ["claim"] * 12 if self.model.is_ready(item) else []
+            able += ["parts"] if item.state == "ACTIVE" and len(self.model.items) < MOST else []
             able += [op for op in sorted(self.may_follow(item)) for _ in range(USUAL.get(op, 1))]
             if able:
                 actor = item.holder or dice.choice(ACTORS)
@@ -518,6 +519,8 @@ class Machine(RuleBasedStateMachine):
     def do(self, op: str, which: int, actor: str, by: int | None) -> None:
         if op == "claim":
             self.claim_task(actor, which)
+        elif op == "parts":
+            self.add([], which, 1, 5, able=False, backlog=False, wait=0)
         elif op == "fail":
             self.fail(which, actor, by, None, 0)
         elif op == "retry":
