@@ -59,6 +59,12 @@ END;
 CREATE TRIGGER task_events_are_kept BEFORE DELETE ON task_events BEGIN
   SELECT RAISE(ABORT, 'events of tasks are never deleted');
 END;
+-- INSERT OR REPLACE deletes without asking the trigger before
+CREATE TRIGGER task_events_are_new BEFORE INSERT ON task_events
+WHEN EXISTS (SELECT 1 FROM task_events WHERE seq = NEW.seq)
+  OR EXISTS (SELECT 1 FROM task_events WHERE session = NEW.session AND task = NEW.task AND n = NEW.n) BEGIN
+  SELECT RAISE(ABORT, 'events of tasks are never replaced');
+END;
 CREATE TABLE task_sessions (session TEXT PRIMARY KEY, about TEXT NOT NULL DEFAULT '{}') WITHOUT ROWID;
 CREATE TABLE task_deliveries (
   num INTEGER PRIMARY KEY,

@@ -12,6 +12,7 @@ After each test `faults` looks at everything that was written.
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import threading
@@ -384,7 +385,7 @@ class TaskConformance:
             Task("c", priority=11),
             Task("c", parent="c"),
         ):
-            self.refused(tasks, LedgerError, lambda bad=bad: tasks.add_tasks([Task("a"), Task("b"), bad]))
+            self.refused(tasks, LedgerError, functools.partial(tasks.add_tasks, [Task("a"), Task("b"), bad]))
 
         assert [] == tasks.list_tasks()
 

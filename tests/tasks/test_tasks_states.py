@@ -46,7 +46,7 @@ def test_the_table_is_the_specified_one() -> None:
 
 
 def test_the_sets_are_those_of_the_table() -> None:
-    """Final is what nothing follows; DEAD can come back; a lease runs only where somebody is."""
+    """Final is what nothing follows; DEAD has ended and can come back; only what is held is leased."""
     assert {"DONE", "CANCELLED", "SKIPPED"} == {state.name for state in FINAL}
     assert {"FAILED", "CANCELLED", "SKIPPED", "DEAD"} == {state.name for state in LOST}
     assert LOST | {TaskState.DONE} == ENDED
