@@ -466,23 +466,28 @@ def _tables(path: Path, session: str) -> _Loaded:
 def _from_story(path: Path, story: Story) -> _Loaded:
     """A session in memory as a document tells it."""
     found = _tables(path, story.session)
-    db, lines = found.db, found.lines
+    db, found.lines = found.db, story.lines or _lines_of(story)
     book = SqliteBook(story.session, ledger.Clock(), lambda sql, values: db.execute(sql, values).fetchall())
     db.execute("BEGIN")
     about = json.dumps(story.about, ensure_ascii=False)
     db.execute("INSERT INTO task_sessions VALUES (?, ?)", (story.session, about))
     for row in story.rows.values():
         book.insert_row({"num": row.num, **book._values(row)})
-        lines.put(row)
     for event in story.events:
         _insert_event(db, event)
-        lines.events.append(event_line(event, numbered=True))
     book.connect(story.edges())
     add_deliveries(book, story.deliveries)
     db.execute("COMMIT")
     db.execute("PRAGMA query_only = 1")
     found.last = story.events[-1].seq if story.events else 0
     return found
+
+
+def _lines_of(story: Story) -> Lines:
+    lines = Lines(events=[event_line(event, numbered=True) for event in story.events])
+    for row in story.rows.values():
+        lines.put(row)
+    return lines
 
 
 # a fork waits until nobody is inside: what the child has in memory is whole then

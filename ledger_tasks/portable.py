@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ _AT_REST: Final = ("claim", "lease", "op", "said")
 _TOLD: Final = ("task", "n", "kind", "from_state", "to_state", "actor", "source", "stage", "at", "hash")
 _DELIVERY: Final = ("recipient", "channel", "key", "outcome", "why", "call", "at", "until")
 _TRIES: Final = 6
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ class Lines:
 
     def put(self, row: Row) -> None:
         """The lines of a task as it is now."""
-        name = json.dumps(row.task.id, ensure_ascii=False)
+        name = _json(row.task.id)
         self.tasks[row.task.id] = f"{name}: {_json(_snapshot(row.task))}"
         names = _HELD if row.until else _AT_REST
         kept = {key: value for key in names if (value := getattr(row, key))}
@@ -80,6 +82,8 @@ class Story:
     rows: dict[str, Row]
     events: list[TaskEvent]
     deliveries: list[dict[str, Any]]
+    #: the lines that say so, if it stood there as we write it
+    lines: Lines | None = None
 
     def edges(self) -> list[Edge]:
         """Every dependency, one for each pair."""
@@ -96,7 +100,9 @@ class Story:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    """On one line and in one order; half a surrogate alone, which no file can hold, is written as an escape."""
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _snapshot(task: Task) -> dict[str, Any]:
@@ -112,7 +118,7 @@ def _snapshot(task: Task) -> dict[str, Any]:
 def event_line(event: TaskEvent, *, numbered: bool) -> str:
     """An event on a line, its data word for word as they were hashed; `numbered`: with its number in the store."""
     told = {name: plain(getattr(event, name)) for name in _TOLD}
-    parts = {name: json.dumps(value, ensure_ascii=False) for name, value in told.items() if value != ""}
+    parts = {name: _json(value) for name, value in told.items() if value != ""}
     parts["data"] = event.text
     if numbered:
         parts["seq"] = str(event.seq)
@@ -124,7 +130,7 @@ def document(session: str, about: Mapping[str, Any], lines: Lines, deliveries: S
     parts = (
         f'"format": "{FORMAT}"',
         f'"schema": {SCHEMA}',
-        f'"session": {json.dumps(session, ensure_ascii=False)}',
+        f'"session": {_json(session)}',
         f'"about": {_json(about)}',
         f'"tasks": {_block("{}", lines.tasks.values())}',
         f'"held": {_block("{}", lines.held.values())}',
@@ -183,7 +189,8 @@ def parse(text: str, where: str) -> Story:
             where, f"was written by a newer Ledger (schema {found.get('schema')!r}, this one knows {SCHEMA})"
         )
     try:
-        return _story(found, where)
+        story = _story(found, where)
+        return replace(story, lines=_lines_in(text, story))
     except (*UNREADABLE, UsageError) as error:
         _refuse(where, f"has something in it that no ledger wrote ({type(error).__name__}: {error})", error)
 
@@ -223,6 +230,29 @@ def _story(found: dict[str, Any], where: str) -> Story:
         if edge.task not in rows or edge.on not in rows:
             _blame(where, [f"task {edge.task!r} waits for {edge.on!r}, and they are not both there"])
     return story
+
+
+def _lines_in(text: str, story: Story) -> Lines | None:
+    """The very lines of a document in our form, or None: writing them anew takes most of the time of a change."""
+    lines = text.split("\n")
+    tasks, held = _entries(lines, '"tasks": {', story.rows), _entries(lines, '"held": {', story.rows)
+    count = len(story.events)
+    if tasks is None or held is None or '"events": [' not in lines:
+        return None
+    start = lines.index('"events": [') + 1
+    events = [line.removesuffix(",") for line in lines[start : start + count]]
+    is_ours = lines[start + count : start + count + 1] == ["],"] and all(
+        line[:1] + line[-1:] == "{}" for line in events
+    )
+    return Lines(tasks, held, events) if is_ours else None
+
+
+def _entries(lines: list[str], opening: str, names: Iterable[str]) -> dict[str, str] | None:
+    if opening not in lines:
+        return None
+    start = lines.index(opening) + 1
+    found = {name: line.removesuffix(",") for name, line in zip(names, lines[start:], strict=False)}
+    return found if all(line.startswith(f"{_json(name)}: ") for name, line in found.items()) else None
 
 
 def _strangers(tasks: Mapping[str, Any], rows: Mapping[str, Row]) -> Iterator[str]:

@@ -31,8 +31,9 @@ _REMEMBERED: Final = 50_000
 _MOST_FAULTS: Final = 1_000
 #: seconds before each look at what seemed wrong
 _PAUSES: Final = (0.0, 0.001, 0.01, 0.1, 0.5)
+_STATES: Final = frozenset(state.value for state in TaskState)
 #: what a tampered event or snapshot may raise when it is read
-UNREADABLE: Final = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+UNREADABLE: Final = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,7 @@ def event_faults(task: Task | None, before: str, event: TaskEvent) -> Iterator[s
 
 
 def _is_legal(event: TaskEvent) -> bool:
-    states = {state.value for state in TaskState}
-    if event.to_state not in states or event.from_state not in states:
+    if event.to_state not in _STATES or event.from_state not in _STATES:
         return not event.from_state and event.to_state in (TaskState.PENDING, TaskState.BACKLOG)
     return (
         event.from_state == event.to_state or TaskState(event.to_state) in NEXT[TaskState(event.from_state)]
@@ -104,8 +104,8 @@ def _is_legal(event: TaskEvent) -> bool:
 def snapshot_faults(row: Row, replayed: Task, last: str) -> Iterator[str]:
     """How a snapshot differs from what its events add up to; `last` is the hash of the last one."""
     task = row.task
-    odd = [name for name, value in task.to_dict().items() if value != plain(getattr(replayed, name))]
-    if odd:
+    if task != replayed:
+        odd = [name for name, value in task.to_dict().items() if value != plain(getattr(replayed, name))]
         told = f"version {task.version}, events up to {replayed.version}; differing: {', '.join(odd)}"
         yield f"the snapshot of task {task.id!r} is not what its events add up to ({told})"
     if row.hash != last:
