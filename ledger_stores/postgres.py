@@ -51,6 +51,7 @@ MOVED = "LM001"
 _DEADLOCK = "40P01"
 #: others were in the way of a transaction, which is done again: serialization, deadlock, uniqueness
 _OVERTAKEN = ("40001", _DEADLOCK, "23505")
+_TRIES = 10
 #: so many statements of a transaction wait for a question to go with
 _UNSENT = 500
 #: how long a batch of counts may be repeated after it was written, and how often a writer removes older ones
@@ -349,7 +350,7 @@ class PostgresStore(ServerStore):
         uniqueness) or the connection broke, and then with `again` if nobody knows whether the first COMMIT
         happened. It must only execute statements; whatever it raises rolls them back.
         """
-        limit, again = time.monotonic() + RETRY_SECONDS, False
+        tries, again = 0, False
 
         def attempt(db: _Connection) -> T:
             nonlocal again
@@ -363,7 +364,8 @@ class PostgresStore(ServerStore):
             try:
                 return self._insist(attempt)
             except _Overtaken as error:
-                if time.monotonic() > limit:
+                tries += 1
+                if tries == _TRIES:
                     raise self._translated(error.cause) from error
 
     def perform_on(self, connection: Any, op: Op) -> Verdict:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import resources
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -21,6 +21,7 @@ from ledger_stores.postgres import PostgresStore, PostgresTransaction
 from ledger_tasks.book import Edge, Row, TaskStore, columns_of
 from ledger_tasks.model import EVENT_COLUMNS, TaskEvent
 from ledger_tasks.sql import _READY, _ROW, SCHEMA_VERSION, SqlBook, lane_fits, row_from
+from ledger_tasks.states import TaskState
 
 T = TypeVar("T")
 _CLOCK: Final = "SELECT :ns.now_us()"
@@ -70,6 +71,13 @@ _BASE: Final = (
     "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint - 1 - (COALESCE(MAX(seq), 0) >> 24)"
     " FROM :ns.task_events"
 )
+#: what depends on a task, and what depends on that
+_EDGES_AROUND: Final = (
+    "SELECT t.id, d.id, e.on_failure FROM task_deps e JOIN tasks t ON t.num = e.task JOIN tasks d ON d.num = e.dep"
+    " WHERE e.dep IN (SELECT num FROM tasks WHERE session = :session AND id = :id UNION ALL"
+    " SELECT f.task FROM task_deps f JOIN tasks o ON o.num = f.dep WHERE o.session = :session AND o.id = :id)"
+    " ORDER BY t.num, d.num"
+)
 #: so many lanes of a session are asked for before it is known which are in use
 _GUESSED_LANES: Final = 16
 
@@ -114,6 +122,11 @@ class PostgresWork(PostgresBook):
         self.again = work.again
         self._work, self._guesses = work, guesses
         self._now = self._events = 0
+        #: tasks that are held here, so that nobody can add what depends on them
+        self._held: set[str] = set()
+        #: of some of these, what depends on them; and rows that were held ahead of being asked for
+        self._after: dict[str, list[Edge]] = {}
+        self._ahead: dict[str, Row] = {}
 
     def do(self, sql: str, **values: Any) -> list[Any]:
         """All rows of a query; whatever changes something is told, and answers nothing."""
@@ -139,6 +152,12 @@ class PostgresWork(PostgresBook):
             self._ask()
         return self._now
 
+    def row(self, task_id: str) -> Row | None:
+        row = self._ahead.pop(task_id, None) or super().row(task_id)
+        if row is not None:
+            self._held.add(task_id)
+        return row
+
     def claimed(self, token: str) -> Row | None:
         sql = f"SELECT {_ROW} FROM tasks WHERE claim = :claim AND until > 0 AND claim <> ''{self.hold}"
         found = self.do(sql, claim=token)
@@ -163,6 +182,8 @@ class PostgresWork(PostgresBook):
 
     def connect(self, edges: Iterable[Edge]) -> None:
         edges = list(edges)
+        self._after.clear()
+        self._ahead.clear()
         # whoever is just ending one of these commits first, or finds the new dependency
         held = json.dumps(sorted({edge.on for edge in edges}))
         self._tell(
@@ -171,7 +192,47 @@ class PostgresWork(PostgresBook):
         )
         super().connect(edges)
 
+    def dependents(self, task_ids: Sequence[str]) -> Iterator[Edge]:
+        """Of one that is held: with all that ends if these end, in few round trips for the whole of a cascade."""
+        if len(task_ids) != 1 or task_ids[0] not in self._held:
+            yield from super().dependents(task_ids)
+            return
+        [task_id] = task_ids
+        if task_id not in self._after:
+            self._hold_dependents(task_id)
+        yield from self._after[task_id]
+
+    def _hold_dependents(self, task_id: str) -> None:
+        """Hold them in order, then see what depends on them: from there on nobody can add to that."""
+        whose = {"session": self.session, "id": task_id, "only": ""}
+        rows, edges = self._ask(
+            (f"SELECT {_ROW} FROM tasks WHERE {self._dependents_of(None)} ORDER BY num{self.hold}", whose),
+            (_EDGES_AROUND, whose),
+        )
+        held = [row_from(found) for found in rows]
+        self._ahead |= {row.task.id: row for row in held}
+        self._held.update(self._ahead)
+        self._after |= {name: [] for name in (task_id, *(row.task.id for row in held))}
+        for found in edges:
+            edge = Edge(*found)
+            self._after[edge.on].append(edge)
+
+    def release(self, task_id: str, only: str | None = None) -> list[tuple[str, TaskState]]:
+        if self._has_none(task_id, only):
+            return []
+        return super().release(task_id, only)
+
+    def reopen(self, task_id: str, only: str | None = None) -> None:
+        if not self._has_none(task_id, only):
+            super().reopen(task_id, only)
+
+    def _has_none(self, task_id: str, only: str | None) -> bool:
+        """Whether it is known that no such edge leads to it."""
+        known = self._after.get(task_id)
+        return known is not None and not any(only in (None, edge.on_failure) for edge in known)
+
     def _change_open(self, task_id: str, by: int, only: str | None) -> None:
+        self._ahead.clear()  # read again: they count less or more now
         # in order, so that two with the same dependents wait for each other and are no deadlock
         values = {"session": self.session, "id": task_id, "only": only or ""}
         self._tell(

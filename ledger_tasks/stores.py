@@ -41,9 +41,11 @@ def tasks_of(store: ledger.Store) -> TaskStore:
         return SqliteTaskStore(store)
     kind = type(store).__name__
     if kind == "PostgresStore":
+        from ledger_stores.postgres import PostgresStore
         from ledger_tasks.postgres import PostgresTaskStore
 
-        return PostgresTaskStore(store)
+        if isinstance(store, PostgresStore):
+            return PostgresTaskStore(store)
     raise UsageError(
         f"a {kind} keeps no tasks; a path, sqlite:///path, memory://, postgresql:// and json:FOLDER do. "
         "Nothing was opened"
