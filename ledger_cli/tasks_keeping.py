@@ -96,14 +96,13 @@ def export_command(*, output: str | None, place: Place, json: bool) -> None:
     The file is made for git: the same tasks give the same text. `ledger tasks import` reads it back.
     """
     tasks: Any = place.opened()
-    tasks.export(sys.stdout if output is None else output)
-    sys.stdout.flush()
+    count = tasks.export(sys.stdout if output is None else output)
     if output is None:
         return
     if json:
-        Screen().json({"session": tasks.session, "tasks": len(tasks), "file": output})
+        Screen().json({"session": tasks.session, "tasks": count, "file": output})
     else:
-        note(f"exported {len(tasks):,} tasks of session {printable(tasks.session)} to {printable(output)}")
+        note(f"exported {count:,} tasks of session {printable(tasks.session)} to {printable(output)}")
 
 
 @command(
@@ -112,7 +111,7 @@ def export_command(*, output: str | None, place: Place, json: bool) -> None:
         "ledger tasks import tasks.json --db new.db",
         "zcat s-1.json.gz | ledger tasks import - --session s-1",
     ),
-    json_form="{session, tasks: how many it has then}.",
+    json_form="{session, tasks and events that came in, known: tasks that were there already}.",
 )
 @click.argument("source", metavar="FILE", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @acts
@@ -124,8 +123,10 @@ def import_command(*, source: str, place: Place, json: bool) -> None:
     there already with the same story stay as they are.
     """
     tasks: Any = place.made()
-    tasks.import_from(sys.stdin if source == "-" else source)
+    found = tasks.import_from(sys.stdin if source == "-" else source)
     if json:
-        Screen().json({"session": tasks.session, "tasks": len(tasks)})
-    else:
-        Screen().line(f"session {printable(tasks.session)} has {len(tasks):,} tasks")
+        told = {name: getattr(found, name) for name in ("tasks", "events", "known")}
+        Screen().json({"session": tasks.session, **told})
+        return
+    known = f"; {found.known:,} were there already" if found.known else ""
+    Screen().line(f"imported {found.tasks:,} tasks ({found.events:,} events){known}")
