@@ -244,8 +244,6 @@ class SqlBook(Book):
         }
         if wanted.session is not None:
             tests.append("session = :session")
-        if wanted.parent:
-            tests.append("parent <> ''")  # what its index is about
         for name, those in (("state", wanted.states), ("type", wanted.types), ("id", wanted.ids)):
             if those:
                 tests.append(f"{name} IN {self.each.format(name)}")

@@ -1,4 +1,4 @@
-"""`ledger tasks` where it tells what other modules make: order, figures, awareness, deliveries, proof, files."""
+"""`ledger tasks` where it tells what other modules make: order, figures, deliveries, proof, files."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_deliveries_are_listed(db: Path, tasks: TaskLedger) -> None:
 
 
 def test_verify_finds_what_was_altered(db: Path, tasks: TaskLedger) -> None:
-    """All is well until somebody changes a task behind the ledger's back; then it exits with 1 and says what."""
+    """All is well until somebody changes a task behind the ledger's back; then it exits with 1."""
     sound = ledger(db, "verify")
     assert {"ok": True, "tasks": 4, "events": 4, "faults": []} == ok(db, "verify")
     tasks.close()
@@ -243,7 +243,7 @@ def test_looking_at_json_files_makes_none(tmp_path: Path) -> None:
 
 
 def test_a_program_reports_under_its_own_names(db: Path, tasks: TaskLedger) -> None:
-    """The task is made when it is first heard of, and ends as it is told; a name that nobody knows is refused."""
+    """The task is made when it is first heard of; a name that nobody knows is refused."""
     states = [
         ok(db, "report", "req-17", word, "--source", "crawler", "--agent", "crawler")["state"]
         for word in ("RECEIVED", "RUNNING", "COMPLETED")
