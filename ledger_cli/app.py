@@ -6,8 +6,8 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from typing import Any, TextIO
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TextIO
 
 import click
 import rich  # noqa: F401 - cheap, and its absence is told by `main` and not half-way through a command
@@ -37,6 +37,7 @@ COMMANDS = {
     "restore": "keeping",
     "move": "moving",
     "doctor": "keeping",
+    "tasks": "tasks",
     "demo": "demo",
     "completion": "completion",
 }
@@ -45,15 +46,17 @@ COMMANDS = {
 class Commands(click.Group):
     """Loads the module of a command when it is asked for, so that each starts fast."""
 
+    table: ClassVar[Mapping[str, str]] = COMMANDS
+
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's contract
         """All names, in the order of the help."""
-        return list(COMMANDS)
+        return list(self.table)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of that name."""
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self.table:
             return super().get_command(ctx, cmd_name)
-        module = importlib.import_module(f"ledger_cli.{COMMANDS[cmd_name]}")
+        module = importlib.import_module(f"ledger_cli.{self.table[cmd_name]}")
         command = getattr(module, f"{cmd_name}_command")
         assert isinstance(command, click.Command)  # noqa: S101 - what a type checker cannot know
         return command
@@ -65,7 +68,7 @@ class Commands(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except NoSuchCommand:
-            raise NoSuchCommand(args[0], possibilities=COMMANDS, ctx=ctx) from None
+            raise NoSuchCommand(args[0], possibilities=self.table, ctx=ctx) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         """As click does, but that a reader who has read enough is no failure."""

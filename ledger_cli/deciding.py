@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json as json_module
-from typing import NoReturn
 
 import click
 
 from ledger import Record
 from ledger_cli.app import FAILURE, NOTHING_MATCHED
 from ledger_cli.grids import short_call
-from ledger_cli.options import as_json, command, database, database_argument, opened, yes
+from ledger_cli.options import as_json, command, database, database_argument, json_of, opened, yes
 from ledger_cli.screen import Screen, confirmed
 from ledger_cli.screen import note as tell
 from ledger_ops import acts
@@ -52,20 +51,9 @@ def retry_command(*, call: str, db: str | None, note: str, json: bool) -> None:
     _tell(record, f"released: {_named(record)}; the next identical call runs", json=json)
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
-
-
 def _checked_json(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
     """A result as JSON text; anything else is refused before the ledger is opened."""
-    if value is None:
-        return None
-    try:
-        return json_module.dumps(json_module.loads(value, parse_constant=_refuse_constant))
-    except (ValueError, RecursionError) as error:
-        raise click.BadParameter(
-            f"{value!r} is no JSON ({error}); a text needs its quotes: --result '\"sent\"'"
-        ) from None
+    return None if value is None else json_module.dumps(json_of(value))
 
 
 @command(

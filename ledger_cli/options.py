@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
@@ -17,14 +18,12 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _ALIASES = {"doubt": "in_doubt", "in-doubt": "in_doubt"}
 
 
-class Command(click.Command):
+class Explained(click.Command):
     """A command whose help has examples and, where they are special, exit codes and the form of its JSON."""
 
-    def __init__(
-        self, *args: Any, examples: Sequence[str] = (), json_form: str = "", codes: str = "", **settings: Any
-    ) -> None:
-        super().__init__(*args, **settings)
-        self.examples, self.json_form, self.codes = tuple(examples), json_form, codes
+    examples: Sequence[str] = ()
+    json_form = ""
+    codes = ""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """What comes after the options."""
@@ -35,6 +34,16 @@ class Command(click.Command):
             if text:
                 with formatter.section(title):
                     formatter.write_text(text)
+
+
+class Command(Explained):
+    """One that says so where it is declared."""
+
+    def __init__(
+        self, *args: Any, examples: Sequence[str] = (), json_form: str = "", codes: str = "", **settings: Any
+    ) -> None:
+        super().__init__(*args, **settings)
+        self.examples, self.json_form, self.codes = tuple(examples), json_form, codes
 
 
 def command(
@@ -98,6 +107,20 @@ class _Status(click.Choice[str]):
         """The status by the name that lists show."""
         lowered = str(value).lower()
         return super().convert(_ALIASES.get(lowered, lowered), param, ctx)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def json_of(text: str, option: str = "--result") -> Any:
+    """The value of a JSON text; anything else is a usage error."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(
+            f"{text!r} is no JSON ({error}); a text needs its quotes: {option} '\"sent\"'"
+        ) from None
 
 
 SPAN = _reads(_positive_span, _BEFORE)

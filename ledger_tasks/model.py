@@ -426,6 +426,14 @@ class Claim:
         """The task's."""
         return self.task.id
 
+    @classmethod
+    def of(cls, task_id: str, agent: str, token: str, lease: float = 300.0) -> Claim:
+        """A claim that an earlier process was given, by what that process kept of it.
+
+        Its task has an id and nothing else; whether the claim is still good the ledger says when it is used.
+        """
+        return cls(Task(task_id), agent, token, lease)
+
 
 @dataclass(frozen=True, slots=True)
 class StatusEvent:

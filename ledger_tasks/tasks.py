@@ -389,18 +389,19 @@ class TaskLedger:
 
     def complete_task_and_route(
         self, task: Named, result: Any = None, outcome: str = "success", *, agent: str | None = None,
-        expected_version: int | None = None,
+        expected_version: int | None = None, cost: float = 0.0, tokens: int = 0, api_calls: int = 0,
     ) -> list[Task]:  # fmt: skip
         """Complete a task (`outcome="failure"`: fail it with `result` as the error); which tasks can be begun now.
 
         A ready task that nobody began is claimed and begun for this ledger's agent in the same transaction.
         """
+        usage = _usage(cost, tokens, api_calls)
         if outcome == "success":
             change = self._complete(
-                task, agent, result=result, expected=expected_version, usage={}, route=True
+                task, agent, result=result, expected=expected_version, usage=usage, route=True
             )
         elif outcome == "failure":
-            change = self._fail(task, str(result), agent, None, {}, expected_version, route=True)
+            change = self._fail(task, str(result), agent, None, usage, expected_version, route=True)
         else:
             raise UsageError(f"outcome={outcome!r} is neither 'success' nor 'failure'; nothing was changed")
         return self._ready_of(change.freed)
