@@ -74,6 +74,8 @@ class Wanted:
     #: None: of all sessions
     session: str | None = ""
     ids: frozenset[str] = field(default_factory=frozenset)
+    #: only those that have open dependencies
+    waiting: bool = False
 
 
 class Book(ABC):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 from ledger_tasks.book import Book, Edge, Row, Wanted, by_urgency, columns_of
@@ -236,7 +237,11 @@ class SqlBook(Book):
         return {"now": self.now}
 
     def page(self, wanted: Wanted, limit: int) -> list[Row]:
-        tests = ["num < :after" if wanted.newest_first and wanted.after else "num > :after"]
+        if len(wanted.states) > 1:  # an index has the tasks of one state in order, those of several it would sort
+            found = [row for state in wanted.states for row in self.page(_of_one(wanted, state), limit)]
+            return sorted(found, key=lambda row: row.num, reverse=wanted.newest_first)[:limit]
+        num = "+num" if wanted.ids else "num"  # the sign keeps a planner from walking all tasks for a few names
+        tests = [f"{num} < :after" if wanted.newest_first and wanted.after else f"{num} > :after"]
         values: dict[str, Any] = {
             "after": wanted.after,
             "limit": limit,
@@ -244,7 +249,14 @@ class SqlBook(Book):
         }
         if wanted.session is not None:
             tests.append("session = :session")
-        for name, those in (("state", wanted.states), ("type", wanted.types), ("id", wanted.ids)):
+        for state in wanted.states:
+            tests.append("state = :state")
+            values["state"] = state.value
+        if wanted.parent:
+            tests.append("parent <> ''")  # what its index is about
+        if wanted.waiting:
+            tests.append("open > 0")
+        for name, those in (("type", wanted.types), ("id", wanted.ids)):
             if those:
                 tests.append(f"{name} IN {self.each.format(name)}")
                 values[name] = json.dumps(sorted(those))
@@ -256,7 +268,7 @@ class SqlBook(Book):
             tests.append(f"LOWER(doc) LIKE :word{len(tests)} ESCAPE '\\'")
             values[f"word{len(tests) - 1}"] = f"%{_escaped(word.lower())}%"
         order = "DESC" if wanted.newest_first else "ASC"
-        sql = f"SELECT {_ROW} FROM tasks WHERE {' AND '.join(tests)} ORDER BY num {order} LIMIT :limit"
+        sql = f"SELECT {_ROW} FROM tasks WHERE {' AND '.join(tests)} ORDER BY {num} {order} LIMIT :limit"
         return [row_from(found) for found in self.do(sql, **values)]
 
     def counts(self) -> dict[str, int]:
@@ -280,6 +292,10 @@ class SqlBook(Book):
             name: json.loads(about)
             for name, about in self.do("SELECT session, about FROM task_sessions ORDER BY 1")
         }
+
+
+def _of_one(wanted: Wanted, state: TaskState) -> Wanted:
+    return replace(wanted, states=frozenset({state}))
 
 
 def _escaped(text: str) -> str:

@@ -29,6 +29,7 @@ CREATE INDEX ready_tasks ON tasks (session, lane, priority DESC, num)
 CREATE INDEX due_tasks ON tasks (session, due) WHERE state = 'pending' AND due > 0;
 CREATE INDEX leased_tasks ON tasks (session, num) WHERE until > 0;
 CREATE INDEX claimed_tasks ON tasks (claim) WHERE until > 0;
+CREATE INDEX tasks_by_age ON tasks (session, num);
 CREATE INDEX tasks_by_state ON tasks (session, state);
 CREATE INDEX parts_of_tasks ON tasks (session, parent) WHERE parent <> '';
 CREATE TABLE task_deps (
