@@ -237,10 +237,12 @@ class SqlBook(Book):
         return {"now": self.now}
 
     def page(self, wanted: Wanted, limit: int) -> list[Row]:
-        if len(wanted.states) > 1:  # an index has the tasks of one state in order, those of several it would sort
+        if len(wanted.states) > 1:
+            # an index has the tasks of one state in order; those of several would be sorted for each page
             found = [row for state in wanted.states for row in self.page(_of_one(wanted, state), limit)]
             return sorted(found, key=lambda row: row.num, reverse=wanted.newest_first)[:limit]
-        num = "+num" if wanted.ids else "num"  # the sign keeps a planner from walking all tasks for a few names
+        # the sign keeps a planner from walking all tasks for a few names
+        num = "+num" if wanted.ids else "num"
         tests = [f"{num} < :after" if wanted.newest_first and wanted.after else f"{num} > :after"]
         values: dict[str, Any] = {
             "after": wanted.after,
