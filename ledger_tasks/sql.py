@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Final
 
-from ledger_tasks.book import Book, Edge, Row, Wanted, by_urgency, columns_of
+from ledger_tasks.book import Book, Edge, Posting, Row, Wanted, by_urgency, columns_of
 from ledger_tasks.model import EVENT_COLUMNS, Task, TaskEvent, at, micros_of
 from ledger_tasks.states import LOST, TaskState
 
@@ -36,6 +36,8 @@ _INSERT_EVENT: Final = (
     f"INSERT INTO task_events ({', '.join(EVENT_COLUMNS)}, hash)"
     f" VALUES ({', '.join(f':{name}' for name in EVENT_COLUMNS)}, :hash)"
 )
+_POSTING: Final = ", ".join(Posting._fields)
+_POSTED: Final = f"SELECT {_POSTING} FROM task_deliveries WHERE session = :session"
 _PAGE: Final = 500
 
 
@@ -288,6 +290,46 @@ class SqlBook(Book):
 
     def last_seq(self) -> int:
         return int(self.do("SELECT COALESCE(MAX(seq), 0) FROM task_events")[0][0])
+
+    def pending(self) -> tuple[int, int]:
+        count = "SELECT COUNT(*) FROM tasks WHERE session = :session AND"
+        ready = self.do(f"{count} {_READY}", session=self.session)[0][0]
+        due = self.do(f"{count} {_DUE} AND open = 0", session=self.session, now=self.now)[0][0]
+        later = "state = 'pending' AND due > 0 AND due > :now AND open = 0"
+        return ready + due, self.do(f"{count} {later}", session=self.session, now=self.now)[0][0]
+
+    # -- deliveries --
+
+    def posting(self, num: int) -> Posting | None:
+        found = self.do(f"{_POSTED} AND num = :num", session=self.session, num=num)
+        return Posting(*found[0]) if found else None
+
+    def postings(self, after: int, limit: int) -> list[Posting]:
+        sql = f"{_POSTED} AND num > :after ORDER BY num LIMIT :limit"
+        return [Posting(*one) for one in self.do(sql, session=self.session, after=after, limit=limit)]
+
+    def postings_to(self, recipient: str, channel: str, key: str, since: int) -> list[Posting]:
+        to = f"{_POSTED} AND recipient = :recipient AND channel = :channel"
+        values = {"session": self.session, "recipient": recipient, "channel": channel}
+        found = self.do(f"{to} AND key = :key ORDER BY num DESC LIMIT 2", key=key, **values)
+        found += self.do(f"{to} AND until > 0", **values)
+        found += self.do(
+            f"{to} AND at > :since AND outcome = 'sent' ORDER BY at DESC LIMIT 1", since=since, **values
+        )
+        return sorted({Posting(*one) for one in found})
+
+    def post(self, posting: Posting) -> None:
+        values = posting._asdict()
+        num = values.pop("num")
+        if num:
+            changes = ", ".join(f"{name} = :{name}" for name in values)
+            sql = f"UPDATE task_deliveries SET {changes} WHERE session = :session AND num = :num"
+            self.do(sql, session=self.session, num=num, **values)
+            return
+        names = ["session", *values]
+        marks = ", ".join(f":{name}" for name in names)
+        sql = f"INSERT INTO task_deliveries ({', '.join(names)}) VALUES ({marks})"
+        self.do(sql, session=self.session, **values)
 
     def sessions(self) -> dict[str, dict[str, Any]]:
         return {

@@ -72,3 +72,5 @@ CREATE TABLE task_deliveries (
   at INTEGER NOT NULL,
   until INTEGER NOT NULL);
 CREATE INDEX deliveries_by_key ON task_deliveries (session, channel, recipient, key);
+CREATE INDEX deliveries_by_time ON task_deliveries (session, recipient, channel, at) WHERE outcome = 'sent';
+CREATE INDEX open_deliveries ON task_deliveries (session, recipient, channel) WHERE until > 0;
