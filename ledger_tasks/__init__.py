@@ -14,6 +14,8 @@ add up to. A claim has a lease: what a killed worker left is brought back, and i
 
 from __future__ import annotations
 
+from ledger_tasks.aio import AsyncTaskLedger
+from ledger_tasks.deliveries import Delivery, Verdict
 from ledger_tasks.errors import (
     Conflict,
     DependencyCycle,
@@ -24,6 +26,7 @@ from ledger_tasks.errors import (
     Tampered,
     TaskError,
 )
+from ledger_tasks.metrics import Figures, Metrics, Spread
 from ledger_tasks.model import Claim, Dep, StatusEvent, Task, TaskEvent, TaskType
 from ledger_tasks.states import NEXT, TaskState
 from ledger_tasks.tasks import (
@@ -34,7 +37,8 @@ from ledger_tasks.tasks import (
 )
 
 __all__ = [
-    "NEXT", "Claim", "Conflict", "Dep", "DependencyCycle", "DuplicateTask", "InvalidTransition", "NoSuchTask",
-    "NotHolder", "StatusEvent", "Tampered", "Task", "TaskError", "TaskEvent", "TaskLedger", "TaskState", "TaskType",
-    "create_ledger_for_user_prompt", "ledger_for_session", "register_ledger_for_session",
+    "NEXT", "AsyncTaskLedger", "Claim", "Conflict", "Delivery", "Dep", "DependencyCycle", "DuplicateTask", "Figures",
+    "InvalidTransition", "Metrics", "NoSuchTask", "NotHolder", "Spread", "StatusEvent", "Tampered", "Task", "TaskError",
+    "TaskEvent", "TaskLedger", "TaskState", "TaskType", "Verdict", "create_ledger_for_user_prompt", "ledger_for_session",
+    "register_ledger_for_session",
 ]  # fmt: skip

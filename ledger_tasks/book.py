@@ -58,6 +58,25 @@ class Edge(NamedTuple):
     on_failure: str
 
 
+class Posting(NamedTuple):
+    """A delivery as a store keeps it."""
+
+    #: the store's own number of it; 0 before it has one
+    num: int
+    recipient: str
+    channel: str
+    key: str
+    #: reserved, sending, sent, failed or suppressed
+    outcome: str
+    why: str
+    #: fingerprint of the guarded call that sends it
+    call: str
+    #: when it came to this, in microseconds UTC
+    at: int
+    #: until when a reservation holds; above 0 as long as nothing is settled
+    until: int
+
+
 @dataclass(slots=True)
 class Wanted:
     """Which tasks to list; what is empty does not matter."""
@@ -74,6 +93,8 @@ class Wanted:
     #: None: of all sessions
     session: str | None = ""
     ids: frozenset[str] = field(default_factory=frozenset)
+    #: only those that have open dependencies
+    waiting: bool = False
 
 
 class Book(ABC):
@@ -175,6 +196,28 @@ class Book(ABC):
     def stamp(self) -> str | None:
         """A text that is the same only as long as no event was added; None: this store cannot tell that for certain."""
         return None
+
+    # -- deliveries --
+
+    @abstractmethod
+    def posting(self, num: int) -> Posting | None:
+        """The delivery with this number."""
+
+    @abstractmethod
+    def postings(self, after: int, limit: int) -> list[Posting]:
+        """A page of deliveries, in the order in which they were asked for."""
+
+    @abstractmethod
+    def postings_to(self, recipient: str, channel: str, key: str, since: int) -> list[Posting]:
+        """What there may be to keep from sending: the last two with that key, what is not settled, the last one sent."""
+
+    @abstractmethod
+    def post(self, posting: Posting) -> None:
+        """Keep a new delivery, or what became of one."""
+
+    @abstractmethod
+    def pending(self) -> tuple[int, int]:
+        """How many PENDING tasks wait for nothing: those that are due, and those that are not to be done before a time."""
 
     @abstractmethod
     def sessions(self) -> dict[str, dict[str, Any]]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Final
 
-from ledger_tasks.book import Book, Edge, Row, Wanted, by_urgency, columns_of
+from ledger_tasks.book import Book, Edge, Posting, Row, Wanted, by_urgency, columns_of
 from ledger_tasks.model import EVENT_COLUMNS, Task, TaskEvent, at, compact, micros_of
 from ledger_tasks.states import ENDED, LOST, TaskState
 
@@ -46,6 +47,8 @@ _INSERT_EVENT: Final = (
     f"INSERT INTO task_events ({', '.join(EVENT_COLUMNS)}, hash)"
     f" VALUES ({', '.join(f':{name}' for name in EVENT_COLUMNS)}, :hash)"
 )
+_POSTING: Final = ", ".join(Posting._fields)
+_POSTED: Final = f"SELECT {_POSTING} FROM task_deliveries WHERE session = :session"
 _PAGE: Final = 500
 
 
@@ -258,7 +261,13 @@ class SqlBook(Book):
         return {"now": self.now}
 
     def page(self, wanted: Wanted, limit: int) -> list[Row]:
-        tests = ["num < :after" if wanted.newest_first and wanted.after else "num > :after"]
+        if len(wanted.states) > 1:
+            # an index has the tasks of one state in order; those of several would be sorted for each page
+            found = [row for state in wanted.states for row in self.page(_of_one(wanted, state), limit)]
+            return sorted(found, key=lambda row: row.num, reverse=wanted.newest_first)[:limit]
+        # the sign keeps a planner from walking all tasks for a few names
+        num = "+num" if wanted.ids else "num"
+        tests = [f"{num} < :after" if wanted.newest_first and wanted.after else f"{num} > :after"]
         values: dict[str, Any] = {
             "after": wanted.after,
             "limit": limit,
@@ -266,7 +275,14 @@ class SqlBook(Book):
         }
         if wanted.session is not None:
             tests.append("session = :session")
-        for name, those in (("state", wanted.states), ("type", wanted.types), ("id", wanted.ids)):
+        for state in wanted.states:
+            tests.append("state = :state")
+            values["state"] = state.value
+        if wanted.parent:
+            tests.append("parent <> ''")  # what its index is about
+        if wanted.waiting:
+            tests.append("open > 0")
+        for name, those in (("type", wanted.types), ("id", wanted.ids)):
             if those:
                 tests.append(f"{name} IN {self.each.format(name)}")
                 values[name] = json.dumps(sorted(those))
@@ -282,9 +298,7 @@ class SqlBook(Book):
             values["text"] = f"%{_escaped(_as_in_doc(wanted.text)[1:-1])}%"
             values["lower"] = values["text"].lower()
         order = "DESC" if wanted.newest_first else "ASC"
-        sql = (
-            f"SELECT {_ROW} FROM {self.source} WHERE {' AND '.join(tests)} ORDER BY num {order} LIMIT :limit"
-        )
+        sql = f"SELECT {_ROW} FROM {self.source} WHERE {' AND '.join(tests)} ORDER BY {num} {order} LIMIT :limit"
         return [row_from(found) for found in self.do(sql, **values)]
 
     def counts(self) -> dict[str, int]:
@@ -304,6 +318,46 @@ class SqlBook(Book):
     def last_seq(self) -> int:
         return int(self.do(f"SELECT COALESCE(MAX(seq), 0) FROM {self.log}")[0][0])
 
+    def pending(self) -> tuple[int, int]:
+        count = "SELECT COUNT(*) FROM tasks WHERE session = :session AND"
+        ready = self.do(f"{count} {_READY}", session=self.session)[0][0]
+        due = self.do(f"{count} {_DUE} AND open = 0", session=self.session, now=self.now)[0][0]
+        later = "state = 'pending' AND due > 0 AND due > :now AND open = 0"
+        return ready + due, self.do(f"{count} {later}", session=self.session, now=self.now)[0][0]
+
+    # -- deliveries --
+
+    def posting(self, num: int) -> Posting | None:
+        found = self.do(f"{_POSTED} AND num = :num", session=self.session, num=num)
+        return Posting(*found[0]) if found else None
+
+    def postings(self, after: int, limit: int) -> list[Posting]:
+        sql = f"{_POSTED} AND num > :after ORDER BY num LIMIT :limit"
+        return [Posting(*one) for one in self.do(sql, session=self.session, after=after, limit=limit)]
+
+    def postings_to(self, recipient: str, channel: str, key: str, since: int) -> list[Posting]:
+        to = f"{_POSTED} AND recipient = :recipient AND channel = :channel"
+        values = {"session": self.session, "recipient": recipient, "channel": channel}
+        found = self.do(f"{to} AND key = :key ORDER BY num DESC LIMIT 2", key=key, **values)
+        found += self.do(f"{to} AND until > 0", **values)
+        found += self.do(
+            f"{to} AND at > :since AND outcome = 'sent' ORDER BY at DESC LIMIT 1", since=since, **values
+        )
+        return sorted({Posting(*one) for one in found})
+
+    def post(self, posting: Posting) -> None:
+        values = posting._asdict()
+        num = values.pop("num")
+        if num:
+            changes = ", ".join(f"{name} = :{name}" for name in values)
+            sql = f"UPDATE task_deliveries SET {changes} WHERE session = :session AND num = :num"
+            self.do(sql, session=self.session, num=num, **values)
+            return
+        names = ["session", *values]
+        marks = ", ".join(f":{name}" for name in names)
+        sql = f"INSERT INTO task_deliveries ({', '.join(names)}) VALUES ({marks})"
+        self.do(sql, session=self.session, **values)
+
     def sessions(self) -> dict[str, dict[str, Any]]:
         return {
             name: json.loads(about)
@@ -314,6 +368,10 @@ class SqlBook(Book):
 def _as_in_doc(text: str) -> str:
     """A string as it stands in a task's document."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def _of_one(wanted: Wanted, state: TaskState) -> Wanted:
+    return replace(wanted, states=frozenset({state}))
 
 
 def _escaped(text: str) -> str:

@@ -28,6 +28,7 @@ CREATE INDEX ready_tasks ON tasks (session, lane, priority DESC, num)
 CREATE INDEX due_tasks ON tasks (session, due) WHERE state = 'pending' AND due > 0;
 CREATE INDEX leased_tasks ON tasks (session, num) WHERE until > 0;
 CREATE INDEX claimed_tasks ON tasks (claim) WHERE until > 0;
+CREATE INDEX tasks_by_age ON tasks (session, num);
 CREATE INDEX tasks_by_state ON tasks (session, state);
 CREATE INDEX parts_of_tasks ON tasks (session, parent) WHERE parent <> '';
 CREATE TABLE task_docs (num INTEGER PRIMARY KEY REFERENCES tasks (num), doc TEXT NOT NULL);
@@ -78,3 +79,5 @@ CREATE TABLE task_deliveries (
   at INTEGER NOT NULL,
   until INTEGER NOT NULL);
 CREATE INDEX deliveries_by_key ON task_deliveries (session, channel, recipient, key);
+CREATE INDEX deliveries_by_time ON task_deliveries (session, recipient, channel, at) WHERE outcome = 'sent';
+CREATE INDEX open_deliveries ON task_deliveries (session, recipient, channel) WHERE until > 0;

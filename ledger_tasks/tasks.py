@@ -146,7 +146,7 @@ class TaskLedger:
 
     # -- adding --
 
-    def add_task(self, task: Task | str | None = None, *, backlog: bool = False, **fields: Any) -> Task:
+    def add_task(self, /, task: Task | str | None = None, *, backlog: bool = False, **fields: Any) -> Task:
         """Add one task: a `Task`, or its fields (`add_task(id="a", description="…", dependencies=["b"])`).
 
         An id alone may be given first. Raises `DuplicateTask`, `NoSuchTask` (an unknown dependency or parent) or
@@ -163,7 +163,7 @@ class TaskLedger:
         return [row.task for row in rows]
 
     def add_dynamic_task(
-        self, task_id: str, description: str = "", task_type: str = "task",
+        self, /, task_id: str, description: str = "", task_type: str = "task",
         dependencies: Iterable[str | Dep | Task] = (), **fields: Any,
     ) -> Task:  # fmt: skip
         """Add one task while others run."""
@@ -238,7 +238,7 @@ class TaskLedger:
             yield from (row.task for row in page if not tag or tag in row.task.tags)
             wanted.after = page[-1].num
 
-    def list_tasks(self, **wanted: Any) -> list[Task]:
+    def list_tasks(self, /, **wanted: Any) -> list[Task]:
         """`tasks(…)`, all at once."""
         return [*self.tasks(**wanted)]
 
