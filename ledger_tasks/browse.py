@@ -144,7 +144,8 @@ class Twig(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only."""
-        return {**self._asdict(), "seen": None} | {"task": self.seen.to_dict()}
+        told = self._asdict()
+        return {"task": told.pop("seen").to_dict(), **told}
 
 
 class Link(NamedTuple):
@@ -425,20 +426,29 @@ class TaskReader:
 
     # -- trees --
 
-    def roots(self, session: str, limit: int, after: str = "") -> tuple[list[Seen], str]:
+    def roots(self, session: str, limit: int, after: str, seconds: float) -> tuple[list[Seen], str]:
         """Tasks that have parts and are no part themselves, by id; where the next page begins, "" if nowhere."""
+        deadline = time.monotonic() + seconds
+        roots: list[Seen] = []
+        while names := self._parents(session, after):
+            found = self._seen_of(session, names)
+            roots += [found[name] for name in names if name in found and not found[name].task.parent]
+            after = names[-1] if len(names) == _MOST_PARENTS else ""
+            if len(roots) > limit:
+                return roots[:limit], roots[limit - 1].task.id
+            if not after or time.monotonic() > deadline:
+                return roots, after
+        return roots, ""
+
+    def _parents(self, session: str, after: str) -> list[str]:
+        """The next ids of tasks that have parts, each found by one step in the index."""
         least = "SELECT MIN(parent) FROM tasks WHERE session = :session AND parent <> ''"
-        sql = (  # each parent is found by one step in the index
+        sql = (
             f"WITH RECURSIVE parents (id) AS (SELECT ({least} AND parent > :after) UNION ALL"
             f" SELECT ({least} AND tasks.parent > parents.id) FROM parents WHERE parents.id IS NOT NULL)"
             " SELECT id FROM parents WHERE id IS NOT NULL LIMIT :limit"
         )
-        names = [name for (name,) in self._ask(sql, session=session, after=after, limit=_MOST_PARENTS)]
-        found = self._seen_of(session, names)
-        roots = [found[name] for name in names if name in found and not found[name].task.parent]
-        if len(roots) > limit:
-            return roots[:limit], roots[limit - 1].task.id
-        return roots, names[-1] if len(names) == _MOST_PARENTS else ""
+        return [name for (name,) in self._ask(sql, session=session, after=after, limit=_MOST_PARENTS)]
 
     def tree(self, roots: Sequence[Seen], most: int, wide: int) -> list[Twig]:
         """Tasks with their parts and the parts of these, in the order of reading.

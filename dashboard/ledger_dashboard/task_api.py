@@ -128,7 +128,7 @@ def forest_of(request: Request, reader: TaskReader) -> Forest:
         top = reader.seen(session, root)
         roots, cursor, above = [top], "", reader.ancestors(session, top.task)
     else:
-        roots, cursor = reader.roots(session, _ROOTS, text_of(request, "cursor") or "")
+        roots, cursor = reader.roots(session, _ROOTS, text_of(request, "cursor") or "", SEARCH_SECONDS)
         above = []
     return Forest(session, reader.tree(roots, _MOST_IN_TREE, _MOST_PARTS), cursor, above)
 
