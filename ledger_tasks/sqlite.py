@@ -120,8 +120,13 @@ class SqliteTaskStore(TaskStore):
 
     def _make(self) -> None:
         if not self._is_made:
-            self.store.submit(lambda db: make_tables(db, self.address), durable=True)
+            if not self._is_there():  # who only looks at a ledger that has tasks writes nothing
+                self.store.submit(lambda db: make_tables(db, self.address), durable=True)
             self._is_made = True
+
+    def _is_there(self) -> bool:
+        found = self.store.browse("SELECT value FROM meta WHERE name = 'tasks'")
+        return bool(found) and int(found[0][0]) == SCHEMA_VERSION
 
     def read(self, session: str, look: Callable[[Any], T]) -> T:
         """Each statement for itself: nothing stays open between two of them."""

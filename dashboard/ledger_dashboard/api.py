@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -45,6 +45,7 @@ async def opened_for(request: Request) -> Opened:
     return opened
 
 
+Changed = TypeVar("Changed")
 Route = Callable[[Request], Awaitable[Response]]
 
 
@@ -173,13 +174,13 @@ async def get_openapi(request: Request) -> Response:  # noqa: ARG001 - a route
 
 async def retry(request: Request) -> Response:
     """Release a call: the next identical one runs."""
-    asked = await _body(request, {"note": str})
+    asked = await body_of(request, {"note": str})
     return await _act(request, acts.retry, note=asked.get("note", ""))
 
 
 async def resolve(request: Request) -> Response:
     """Settle a call in doubt: its effect happened, or it did not."""
-    asked = await _body(request, {"done": bool, "note": str, "result": str})
+    asked = await body_of(request, {"done": bool, "note": str, "result": str})
     if "done" not in asked:
         raise HTTPException(400, 'say whether it was done: {"done": true} or {"done": false}')
     result = asked.get("result", "").strip() or None
@@ -201,20 +202,26 @@ async def _act(request: Request, act: Any, **options: Any) -> Response:
     opened = await opened_for(request)
     call = await run_in_threadpool(opened.reader.find, request.path_params["call"])
     actor = request.app.state.desk.actor
+    record = await changed(opened, act, opened.reader.store, call, actor=actor, **options)
+    runs = await run_in_threadpool(opened.reader.store.rows, call)
+    verdict = opened.reader.verdict(record, runs)
+    return Json({"call": record_dict(record), "verdict": verdict})
+
+
+async def changed(opened: Opened, act: Callable[..., Changed], *args: Any, **options: Any) -> Changed:
+    """Do what a person decided, in a worker thread."""
     try:
-        record = await run_in_threadpool(act, opened.reader.store, call, actor=actor, **options)
+        found = await run_in_threadpool(act, *args, **options)
     except StoreError as error:
         if error.__cause__ is not None or not opened.is_current():
             raise
         # the file is there and sound: somebody else held it for all the time that was allowed
         raise HTTPException(503, "nothing was changed: another process is writing") from None
     await run_in_threadpool(opened.changed)
-    runs = await run_in_threadpool(opened.reader.store.rows, call)
-    verdict = opened.reader.verdict(record, runs)
-    return Json({"call": record_dict(record), "verdict": verdict})
+    return found
 
 
-async def _body(request: Request, fields: dict[str, type]) -> dict[str, Any]:
+async def body_of(request: Request, fields: dict[str, type]) -> dict[str, Any]:
     """The JSON object of a request: small, in time, and with nothing in it that is not known."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -238,6 +245,7 @@ async def _body(request: Request, fields: dict[str, type]) -> dict[str, Any]:
         if name not in fields or not isinstance(value, fields[name]):
             known = ", ".join(f"{name} ({kind.__name__})" for name, kind in fields.items())
             raise HTTPException(400, f"{name!r} is unknown or of the wrong type; the body may have {known}")
-    if len(asked.get("note", "")) > _LONGEST_NOTE:
-        raise UsageError(f"the note is longer than {_LONGEST_NOTE} characters; give less of it")
+    for name in ("note", "reason"):
+        if len(asked.get(name, "")) > _LONGEST_NOTE:
+            raise UsageError(f"the {name} is longer than {_LONGEST_NOTE} characters; give less of it")
     return asked

@@ -18,7 +18,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from ledger import InProgress, LedgerError, StoreError
-from ledger_dashboard import api, live, metrics, pages
+from ledger_dashboard import api, live, metrics, pages, task_api, task_pages
 from ledger_dashboard.render import refusal
 from ledger_dashboard.security import (
     ENTRANCE,
@@ -33,6 +33,7 @@ from ledger_dashboard.security import (
 from ledger_dashboard.source import Source
 from ledger_ops.acts import who
 from ledger_ops.reader import NoLedger, NoSuchCall
+from ledger_tasks.errors import NoSuchTask, TaskError
 
 
 class Desk:
@@ -41,7 +42,8 @@ class Desk:
     def __init__(self, url: str | None, keys: Keys, *, read_only: bool) -> None:
         self.source = Source(url)
         self.keys = keys
-        self.poller = live.Poller(self.source)
+        self.poller = live.Poller(self.source, live.CallLog())
+        self.task_poller = live.Poller(self.source, live.TaskLog())
         self.counts = metrics.Counts()
         self.read_only = read_only
         self.actor = f"{who()} (dashboard)"
@@ -100,6 +102,9 @@ async def _ledger_error(request: Request, error: Exception) -> Response:
     what, _, advice = str(error).partition("; ")
     if isinstance(error, NoSuchCall):
         return refusal(request, 404, what, "Look for it in the list of calls.")
+    if isinstance(error, TaskError):
+        status = 404 if isinstance(error, NoSuchTask) else 409
+        return refusal(request, status, what, _sentence(advice or "look at the task as it stands now"))
     if isinstance(error, NoLedger):
         return refusal(request, 503, "the ledger is gone", f"{_sentence(what)}. {_PUT_BACK} {_AGAIN}")
     if isinstance(error, StoreError):
@@ -152,12 +157,20 @@ _get = ["GET"]
 _post = ["POST"]
 
 #: the routes that change state; a read-only app refuses them
-CHANGING = ("/api/calls/{call}/retry", "/api/calls/{call}/resolve")
+CHANGING = (
+    "/api/calls/{call}/retry", "/api/calls/{call}/resolve", "/api/tasks/task/retry", "/api/tasks/task/cancel",
+)  # fmt: skip
 
 ROUTES: list[BaseRoute] = [
     Route("/", pages.get_overview, methods=_get, name="overview"),
     Route("/calls", pages.get_calls, methods=_get, name="calls"),
     Route("/calls/{call}", pages.get_call, methods=_get, name="call"),
+    Route("/tasks", task_pages.get_tasks, methods=_get, name="tasks"),
+    Route("/tasks/tree", task_pages.get_tree, methods=_get, name="task_tree"),
+    Route("/tasks/graph", task_pages.get_graph, methods=_get, name="task_graph"),
+    Route("/tasks/agents", task_pages.get_agents, methods=_get, name="task_agents"),
+    Route("/tasks/dead", task_pages.get_dead, methods=_get, name="task_dead"),
+    Route("/tasks/task", task_pages.get_task, methods=_get, name="task"),
     Route("/live", pages.get_live, methods=_get, name="live"),
     Route("/doubts", pages.get_doubts, methods=_get, name="doubts"),
     Route(ENTRANCE, enter, methods=_post, name="enter"),
@@ -171,7 +184,15 @@ ROUTES: list[BaseRoute] = [
     Route("/api/events", api.get_events, methods=_get, name="api_events"),
     Route("/api/doubts", api.get_doubts, methods=_get, name="api_doubts"),
     Route("/api/stream", live.stream, methods=_get, name="api_stream"),
+    Route("/api/tasks", task_api.get_tasks, methods=_get, name="api_tasks"),
+    Route("/api/tasks/tree", task_api.get_tree, methods=_get, name="api_task_tree"),
+    Route("/api/tasks/graph", task_api.get_graph, methods=_get, name="api_task_graph"),
+    Route("/api/tasks/agents", task_api.get_agents, methods=_get, name="api_task_agents"),
+    Route("/api/tasks/task", task_api.get_task, methods=_get, name="api_task"),
+    Route("/api/tasks/stream", live.stream_tasks, methods=_get, name="api_task_stream"),
     Route(CHANGING[0], api.retry, methods=_post, name="api_retry"),
     Route(CHANGING[1], api.resolve, methods=_post, name="api_resolve"),
+    Route(CHANGING[2], task_api.retry, methods=_post, name="api_task_retry"),
+    Route(CHANGING[3], task_api.cancel, methods=_post, name="api_task_cancel"),
     Mount("/static", Assets(directory=Path(__file__).with_name("static")), name="static"),
 ]

@@ -16,6 +16,7 @@ import ledger
 from ledger import Record
 from ledger_dashboard.api import SEARCH_SECONDS, opened_for, page_of, steady
 from ledger_dashboard.figures import overview, share
+from ledger_dashboard.live import CallLog, Log
 from ledger_dashboard.query import FIELDS, count_of, filter_of, place_after, place_of, range_of, text_of
 from ledger_dashboard.render import link, render, short_names
 from ledger_dashboard.security import set_cookie, visitor_of
@@ -25,6 +26,7 @@ from ledger_ops.values import Filter, clock
 _CALLS, _MOST_CALLS, _DOUBTS, _EVENTS, _TIMELINE = 50, 150, 50, 100, 500
 #: how long the events of one call are looked for when a person asks for all
 _PATIENT_SECONDS = 10.0
+CALLS = CallLog()
 _RANGES = (("1h", "1 hour"), ("24h", "24 hours"), ("7d", "7 days"), ("30d", "30 days"), ("all", "all"))
 
 
@@ -39,7 +41,7 @@ async def get_overview(request: Request) -> Response:
         found = overview(opened, since, until)
         return {"view": found, "names": short_names([tool.tool for tool in found.tools])}
 
-    return await _answer(
+    return await answer_page(
         request, "overview", opened, gather, ranges=_RANGES, chosen=None if until else chosen, share=share
     )
 
@@ -57,13 +59,13 @@ async def get_calls(request: Request) -> Response:
         return {
             "found": found,
             "reached": clock(found.reached) if found.reached is not None else None,
-            "next": _with(request, cursor=found.cursor) if found.cursor else None,
+            "next": query_with(request, cursor=found.cursor) if found.cursor else None,
             "is_empty": not opened.reader.last_seq(),
             **_choices(opened, found.records),
         }
 
     asked = {name: request.query_params.get(name, "") for name in FIELDS}
-    return await _answer(
+    return await answer_page(
         request, "calls", opened, gather, asked=asked, cursor=cursor, narrows=wanted.narrows,
         csv=urlencode({name: value for name, value in asked.items() if value}),
     )  # fmt: skip
@@ -88,7 +90,7 @@ async def get_call(request: Request) -> Response:
             "offers": _offers(found.record, runs=len(found.runs)),
         }
 
-    return await _answer(request, "call", opened, gather)
+    return await answer_page(request, "call", opened, gather)
 
 
 @steady
@@ -107,7 +109,7 @@ async def get_live(request: Request) -> Response:
             "names": {tool: ledger._short(tool) for tool in tools},
         }
 
-    return await _answer(
+    return await answer_page(
         request, "live", opened, gather, asked={"tool": wanted.tool or "", "wf": wanted.wf or ""}
     )
 
@@ -121,7 +123,7 @@ async def get_doubts(request: Request) -> Response:
     def gather() -> dict[str, Any]:
         found = opened.reader.doubts(limit=_DOUBTS + 1, after=after)
         records = found[:_DOUBTS]
-        more = _with(request, cursor=place_after(records[-1])) if len(found) > _DOUBTS else None
+        more = query_with(request, cursor=place_after(records[-1])) if len(found) > _DOUBTS else None
         return {
             "records": records,
             "next": more,
@@ -129,21 +131,24 @@ async def get_doubts(request: Request) -> Response:
             **_choices(opened, records),
         }
 
-    return await _answer(request, "doubts", opened, gather, is_further=after is not None)
+    return await answer_page(request, "doubts", opened, gather, is_further=after is not None)
 
 
-async def _answer(request: Request, view: str, opened: Opened, gather: Any, **values: Any) -> Response:
+async def answer_page(
+    request: Request, view: str, opened: Opened, gather: Any, *, log: Log = CALLS, **values: Any
+) -> Response:
     """The page of a view; htmx, which patches a page that is open, gets what changes in it."""
 
     def make() -> Response:
-        seq = opened.reader.last_seq()  # before anything else is read: what comes later is told by the stream
+        seq = log.last_seq(opened)  # before anything else is read: what comes later is told by the stream
         gathered = gather()
         doubts = opened.stats(SELDOM).total.in_doubt
         is_patch = request.headers.get("hx-request") == "true"
         visitor = visitor_of(request) or secrets.token_urlsafe(18)
         html = render(
             f"_{view}.html" if is_patch else f"{view}.html", active=view, seq=seq, doubts=doubts,
-            has_log=opened.reader.has_log, **_frame(request, visitor), **values, **gathered,
+            has_log=opened.reader.has_log, stream="api_stream" if log is CALLS else "api_task_stream",
+            **_frame(request, visitor), **values, **gathered,
         )  # fmt: skip
         answer = HTMLResponse(html, headers={"Vary": "HX-Request", "X-Ledger-Doubts": str(doubts)})
         if visitor != visitor_of(request):
@@ -181,7 +186,7 @@ def _choices(opened: Opened, records: list[Record]) -> dict[str, Any]:
     }
 
 
-def _with(request: Request, **params: str) -> str:
+def query_with(request: Request, **params: str) -> str:
     """This query with other values."""
     dropped = {"rows", *params}
     kept = {name: value for name, value in request.query_params.items() if value and name not in dropped}

@@ -13,7 +13,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 import ledger
+from ledger import LedgerError
 from ledger_ops.values import clock, iso, printable, span, state_of
+from ledger_tasks import Task, TaskState
+from ledger_tasks.browse import last_error
+from ledger_tasks.model import micros_of
+from ledger_tasks.model import moment as task_moment
 
 #: how much of a recorded value a page shows; the API gives all of it
 _MOST_NODES, _MOST_PARTS, _MOST_LEVELS, _LONGEST_TEXT = 1_000, 200, 24, 8_000
@@ -87,6 +92,35 @@ def moment(micros: int | None) -> Markup:
     return Markup('<time datetime="{}" title="{}">{}</time>').format(
         iso(micros), clock(micros), local.strftime(form)
     )
+
+
+def when(value: datetime | None) -> Markup:
+    """A time of a task."""
+    return moment(None if value is None else micros_of(value))
+
+
+def lasted(seconds: float | None) -> str:
+    """How long something of a task took."""
+    return "—" if seconds is None else span(max(seconds, 0.0) * 1e6)
+
+
+def error_time(entry: dict[str, Any]) -> Markup | str:
+    """When an error of a task was recorded; in its own words where they are no time."""
+    text = str(entry.get("at", ""))
+    try:
+        return when(task_moment(text))
+    except (ValueError, OverflowError, LedgerError):
+        return text
+
+
+def branches(value: Any) -> Node | None:
+    """A value of a task as nodes to show; None for no value."""
+    return None if value is None else tree(json.dumps(value))
+
+
+def task_state(task: Task) -> str:
+    """Its state in a word: one that is PENDING may be waiting."""
+    return "waiting" if task.waiting and task.state == TaskState.PENDING else task.state.value
 
 
 def took(started: int, ended: int | None) -> str:
@@ -236,6 +270,15 @@ def make_environment() -> Environment:
     )
     made.filters |= {"moment": moment, "number": number, "percent": percent, "span": span, "summary": summary}
     made.filters |= {"raw": raw, "arguments": arguments, "state": state_of, "tree": tree, "took": took}
+    made.filters |= {
+        "when": when,
+        "lasted": lasted,
+        "branches": branches,
+        "error_time": error_time,
+        "task_state": task_state,
+    }
+    made.filters |= {"last_error": last_error}
+    made.globals |= {"TASK_STATES": [state.value for state in TaskState]}
     made.globals |= {"STATE_NAMES": STATE_NAMES, "EVENT_TONES": EVENT_TONES, "version": ledger.__version__}
     return made
 

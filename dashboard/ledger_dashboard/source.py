@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sqlite3
 import threading
@@ -14,10 +15,15 @@ from ledger import LedgerError, SqliteStore, StoreError
 from ledger_ops.reader import AnyStore, open_ledger, reader_of
 from ledger_ops.rollup import Rollup
 from ledger_ops.values import Stats
+from ledger_tasks import TaskState
+from ledger_tasks.browse import TaskReader
+from ledger_tasks.browse import reader_of as task_reader_of
 
 #: how sums are reused: looking at them takes no more than a tenth, or a hundredth, of the time
 OFTEN, SELDOM = 10, 100
 _INLINE_SECONDS, _SLICE_SECONDS, _PAUSE_SECONDS = 0.02, 0.1, 0.02
+#: of how many sessions the counts of tasks are kept
+_MOST_COUNTS = 100
 #: a person looks at the page meanwhile
 LOCK_SECONDS = 5.0
 #: what SQLite says of a file whose bytes are no ledger's
@@ -40,6 +46,7 @@ class Opened:
         self._stats: Stats | None = None
         self._stats_at = self._stats_cost = 0.0
         self._stats_lock = threading.Lock()
+        self._task_counts: dict[str | None, tuple[float, float, dict[TaskState, int]]] = {}
         self._counting: threading.Thread | None = None
         self._counting_lock = threading.Lock()
         self._stop = threading.Event()
@@ -59,9 +66,28 @@ class Opened:
             return self._stats
 
     def changed(self) -> None:
-        """Forget sums: a person has just decided about a call, and wants to see it."""
+        """Forget sums: a person has just decided about a call or a task, and wants to see it."""
         with self._stats_lock:
             self._stats = None
+            self._task_counts.clear()
+
+    @functools.cached_property
+    def tasks(self) -> TaskReader | None:
+        """What looks at the tasks; None if a store of this kind keeps none."""
+        return task_reader_of(self.reader.store)
+
+    def task_counts(self, tasks: TaskReader, session: str | None) -> dict[TaskState, int]:
+        """How many tasks are in each state; what was counted before is used again as `stats` does."""
+        with self._stats_lock:
+            begun = time.monotonic()
+            counted, cost, counts = self._task_counts.get(session, (0.0, 0.0, {}))
+            if not counted or begun - counted > cost * OFTEN:
+                counts = tasks.counts(session)
+                if len(self._task_counts) >= _MOST_COUNTS:
+                    self._task_counts.clear()
+                ended = time.monotonic()
+                self._task_counts[session] = (ended, ended - begun, counts)
+            return counts
 
     def count(self) -> bool:
         """Bring the roll-up up to date; False while a thread is still at it."""

@@ -72,7 +72,7 @@ function narrow(url, names) {
 
 // Server-sent events from where this page stands. A hidden tab hangs up: browsers allow six connections
 // to one server, and a seventh tab would wait for ever.
-function follow(onEvents) {
+function follow(onEvents, names = ["tool", "wf", "caller"]) {
   let seq = Number(page.seq);
   let source = null;
   let again = 0;
@@ -81,7 +81,7 @@ function follow(onEvents) {
   function open() {
     close();
     const url = new URL(page.stream, location.href);
-    narrow(url, ["tool", "wf", "caller"]);
+    narrow(url, names);
     url.searchParams.set("after", seq);
     source = new EventSource(url);
     source.addEventListener("hello", () => {
@@ -156,7 +156,7 @@ async function refresh(more = {}) {
   const url = new URL(location.href);
   for (const [name, value] of Object.entries(more)) url.searchParams.set(name, value);
   await htmx.ajax("GET", url.pathname + url.search, { target: region, swap: "innerMorph" });
-  for (const row of region.querySelectorAll("tr[id^='c-'], li[id^='e-'], li[id^='d-']")) {
+  for (const row of region.querySelectorAll("tr[id^='c-'], tr[id^='t-'], li[id^='e-'], li[id^='d-']")) {
     if (!before.has(row.id)) row.classList.add("fresh");
   }
 }
@@ -196,6 +196,40 @@ function isReading(list) {
   return scrollY > 0 || selected || list.contains(document.activeElement);
 }
 
+// A list that grows at its top while it is read.
+function longList(word, isNew, names) {
+  let more = 0;
+  const ask = gently(async () => {
+    const rows = document.querySelectorAll("#rows > tr").length;
+    if (byId("live-region").querySelector("[data-further]")) return refresh({ rows: Math.max(rows, 1) });
+    // rows that are being read stay: the list grows by what came, up to a limit
+    if (rows + more > MOST_ROWS && isReading(byId("rows"))) return offer();
+    await newest(Math.max(rows + more, 50));
+  });
+
+  function offer() {
+    byId("news-button").textContent = more ? plural(more, `new ${word}`) : `Newest ${word}s`;
+    byId("news").hidden = false;
+  }
+
+  async function newest(rows) {
+    more = 0;
+    byId("news").hidden = true;
+    await refresh({ rows: Math.min(rows, MOST_ROWS) });
+  }
+
+  byId("news-button").addEventListener("click", async () => {
+    await newest(50);
+    scrollTo(0, 0);
+  });
+  follow((events) => {
+    more += events.filter(isNew).length;
+    ask();
+  }, names);
+  keepFresh(ask);
+  filterForm(word);
+}
+
 const views = {
   overview() {
     const chart = activity();
@@ -211,36 +245,7 @@ const views = {
   },
 
   calls() {
-    let more = 0;
-    const ask = gently(async () => {
-      const rows = document.querySelectorAll("#rows > tr").length;
-      if (byId("live-region").querySelector("[data-further]")) return refresh({ rows: Math.max(rows, 1) });
-      // rows that are being read stay: the list grows by what came, up to a limit
-      if (rows + more > MOST_ROWS && isReading(byId("rows"))) return offer();
-      await newest(Math.max(rows + more, 50));
-    });
-
-    function offer() {
-      byId("news-button").textContent = more ? `${plural(more, "new call")}` : "Newest calls";
-      byId("news").hidden = false;
-    }
-
-    async function newest(rows) {
-      more = 0;
-      byId("news").hidden = true;
-      await refresh({ rows: Math.min(rows, MOST_ROWS) });
-    }
-
-    byId("news-button").addEventListener("click", async () => {
-      await newest(50);
-      scrollTo(0, 0);
-    });
-    follow((events) => {
-      more += events.filter((event) => event.kind === "claimed").length;
-      ask();
-    });
-    keepFresh(ask);
-    filterForm();
+    longList("call", (event) => event.kind === "claimed");
   },
 
   call() {
@@ -354,7 +359,7 @@ function printable(text) {
 
 // -- calls --
 
-function filterForm() {
+function filterForm(word) {
   const problem = byId("filter-error");
   document.addEventListener("htmx:config:request", (event) => {
     const body = event.detail.ctx.request.body;
@@ -372,7 +377,7 @@ function filterForm() {
     problem.hidden = true;
     if (event.detail.ctx.sourceElement === document.body) return; // a refresh is no news of the filter
     const rows = document.querySelectorAll("#rows > tr").length;
-    byId("announce").textContent = rows ? `${plural(rows, "call")} shown` : "No call fits this filter";
+    byId("announce").textContent = rows ? `${plural(rows, word)} shown` : `No ${word} fits this filter`;
   });
 }
 
@@ -528,7 +533,7 @@ function activity() {
   return { load };
 }
 
-// -- deciding about a call --
+// -- deciding about a call or a task --
 
 const ACTS = {
   retry: {
@@ -542,6 +547,15 @@ const ACTS = {
   not_done: {
     title: "Mark this call as not done?", confirm: "Mark not done",
     words: "You say that its effect did not happen. The next identical call runs.",
+  },
+  task_retry: {
+    title: "Retry this task?", confirm: "Retry", note: "Reason", noteWords: "(kept with the task)",
+    words: "It can be claimed again, and its retries begin anew. What was skipped because it failed stays skipped.",
+  },
+  task_cancel: {
+    title: "Cancel this task?", confirm: "Cancel the task", leave: "Leave it", note: "Reason",
+    noteWords: "(optional: kept with the task)",
+    words: "It ends for good, with its parts; whoever works on it is told to stop. For what depends on it, a dependency has failed.",
   },
 };
 
@@ -558,10 +572,14 @@ function decisions() {
     byId("act-form").reset();
     byId("act-title").textContent = act.title;
     byId("act-name").textContent = asked.name;
-    byId("act-id").textContent = asked.call.slice(0, 12);
+    byId("act-id").textContent = idOf(asked);
     byId("act-words").textContent = act.words;
     byId("act-confirm").textContent = act.confirm;
     byId("act-result-field").hidden = asked.act !== "done";
+    byId("act-dependents-field").hidden = asked.act !== "task_cancel";
+    byId("act-note-name").textContent = act.note || "Note";
+    byId("act-note-words").textContent = act.noteWords || "(optional: why, for the timeline)";
+    byId("act-cancel").textContent = act.leave || "Cancel";
     byId("act-error").hidden = true;
     dialog.showModal();
     byId("act-note").focus();
@@ -574,9 +592,9 @@ function decisions() {
     byId("act-working").hidden = false;
     try {
       const place = placeOf(asked.call);
-      await api(asked.url, decision(asked.act));
+      await api(asked.url, decision(asked));
       dialog.close();
-      byId("announce").textContent = `${ACTS[asked.act].confirm}: ${asked.name} ${asked.call.slice(0, 12)}`;
+      byId("announce").textContent = `${ACTS[asked.act].confirm}: ${asked.name} ${idOf(asked)}`;
       await refresh();
       keepFocus(place);
     } catch (error) {
@@ -587,6 +605,11 @@ function decisions() {
       byId("act-confirm").disabled = false;
     }
   });
+}
+
+// What names a call or a task for people.
+function idOf(asked) {
+  return printable(asked.id || asked.call.slice(0, 12));
 }
 
 function placeOf(call) {
@@ -603,8 +626,10 @@ function keepFocus(place) {
   target.focus();
 }
 
-function decision(act) {
+function decision({ act, id, session }) {
   const note = byId("act-note").value.trim();
+  if (act === "task_retry") return { id, session, reason: note };
+  if (act === "task_cancel") return { id, session, reason: note, dependents: byId("act-dependents").checked };
   const said = note ? { note } : {};
   if (act === "retry") return said;
   const result = byId("act-result").value.trim();
@@ -614,7 +639,7 @@ function decision(act) {
 // -- keys --
 
 function keys() {
-  const places = { o: 0, c: 1, l: 2, d: 3 };
+  const places = { o: 0, c: 1, t: 2, l: 3, d: 4 };
   let afterG = 0;
   const on = byId("keys-on");
   on.checked = localStorage.getItem("ledger-keys") !== "off";

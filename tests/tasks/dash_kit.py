@@ -1,0 +1,86 @@
+"""Ledgers of tasks for the tests of the dashboard."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from ledger import Guard
+from ledger_tasks import Claim, Dep, Task, TaskLedger
+
+
+def begun(tasks: TaskLedger, task_id: str, agent: str) -> Claim:
+    """A task that an agent has begun."""
+    claim = tasks.claim_task(task_id, agent)
+    assert claim is not None
+    tasks.start(claim)
+    return claim
+
+
+@contextmanager
+def guarding(where: Path | str) -> Iterator[Guard]:
+    """A guard, which is closed at the end; the ledger is there."""
+    guard = Guard(where, quiet=True)
+    guard.check()
+    try:
+        yield guard
+    finally:
+        guard.close()
+
+
+def tell_of_tasks(db: Path) -> None:
+    """A report with parts, a dead feed and who is skipped for it, a pause, guarded calls, two sessions."""
+    tasks = TaskLedger(db, agent="planner", quiet=True)
+    report = Task("report", title="Quarterly report", description="Judge the figures.", type="sequential")
+    tasks.add_tasks([
+        report,
+        Task("send", title="Send it", depends_on=(Dep("report"),), tags=("mail",)),
+        Task("archive", depends_on=(Dep("send", on_failure="run"),)),
+        Task("feed", title="Price feed", type="tool", max_retries=1),
+        Task("prices", title="Update prices", depends_on=(Dep("feed"),)),
+        Task("backup", type="tool"),
+        Task("refund", title="Refund A-7", type="review"),
+    ])  # fmt: skip
+    tasks.add_subtasks("report", ["first source", "second source", "third source"])
+    first = begun(tasks, "report.1", "ann")
+    tasks.complete(first, result={"rows": 120}, tokens=900)
+    second = begun(tasks, "report.2", "bob")
+    tasks.progress(second, 0.5, "reading page 3")
+    tasks.checkpoint(second, {"page": 3})
+    tasks.add_artifact(second, "page-1.json", {"where": "s3://figures/1"})
+    for _ in range(2):
+        tasks.fail(begun(tasks, "feed", "ann"), "TimeoutError: no answer", retry_in=0)
+    tasks.fail(begun(tasks, "backup", "bob"), "PermissionError: read-only disk")
+    tasks.pause(begun(tasks, "refund", "clerk"), "waits for the manager")
+    tasks.in_session("other").add_task("lonely", description="answer the question")
+    tasks.close()
+    with guarding(db) as guard, guard.workflow("task:report.2"):
+        guard.call(fetch, {"page": 1})
+
+
+def fetch(page: dict[str, int]) -> str:
+    """A guarded tool."""
+    return "fetched"
+
+
+_SAME = (
+    "state, lane, type, priority, assignee, parent, due, claim, lease, until, mono, boot, op, said, version,"
+    " hash"
+)  # fmt: skip
+
+
+def fill(db: Path, count: int) -> None:
+    """Make it many, without their events: copies of a task in session `big`, by SQL."""
+    tasks = TaskLedger(db, session="big")
+    tasks.add_task("seed", title="copied seed")
+    tasks.close()
+    with closing(sqlite3.connect(db)) as file, file:
+        file.execute(
+            "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)"
+            f" INSERT INTO tasks (session, id, doc, {_SAME})"
+            f" SELECT session, 'copy-' || i, REPLACE(doc, 'seed', 'copy-' || i), {_SAME} FROM n, tasks"
+            " WHERE id = 'seed'",
+            (count,),
+        )
