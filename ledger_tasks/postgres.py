@@ -21,7 +21,7 @@ from ledger_stores.postgres import PostgresStore, PostgresTransaction
 from ledger_tasks.book import Edge, Row, TaskStore, columns_of
 from ledger_tasks.model import EVENT_COLUMNS, TaskEvent
 from ledger_tasks.sql import _READY, _ROW, SCHEMA_VERSION, SqlBook, lane_fits, row_from
-from ledger_tasks.states import TaskState
+from ledger_tasks.states import ENDED, TaskState
 
 T = TypeVar("T")
 _CLOCK: Final = "SELECT :ns.now_us()"
@@ -127,6 +127,8 @@ class PostgresWork(PostgresBook):
         #: of some of these, what depends on them; and rows that were held ahead of being asked for
         self._after: dict[str, list[Edge]] = {}
         self._ahead: dict[str, Row] = {}
+        #: those of them that have ended
+        self._ended: set[str] = set()
 
     def do(self, sql: str, **values: Any) -> list[Any]:
         """All rows of a query; whatever changes something is told, and answers nothing."""
@@ -192,15 +194,20 @@ class PostgresWork(PostgresBook):
         )
         super().connect(edges)
 
-    def dependents(self, task_ids: Sequence[str]) -> Iterator[Edge]:
+    def save(self, row: Row, events: Sequence[TaskEvent] = ()) -> None:
+        super().save(row, events)
+        if row.task.state in ENDED:
+            self._ended.add(row.task.id)
+
+    def dependents(self, task_ids: Sequence[str], *, waiting: bool = False) -> Iterator[Edge]:
         """Of one that is held: with all that ends if these end, in few round trips for the whole of a cascade."""
         if len(task_ids) != 1 or task_ids[0] not in self._held:
-            yield from super().dependents(task_ids)
+            yield from super().dependents(task_ids, waiting=waiting)
             return
         [task_id] = task_ids
         if task_id not in self._after:
             self._hold_dependents(task_id)
-        yield from self._after[task_id]
+        yield from (edge for edge in self._after[task_id] if not (waiting and edge.task in self._ended))
 
     def _hold_dependents(self, task_id: str) -> None:
         """Hold them in order, then see what depends on them: from there on nobody can add to that."""
@@ -211,6 +218,7 @@ class PostgresWork(PostgresBook):
         )
         held = [row_from(found) for found in rows]
         self._ahead |= {row.task.id: row for row in held}
+        self._ended |= {row.task.id for row in held if row.task.state in ENDED}
         self._held.update(self._ahead)
         self._after |= {name: [] for name in (task_id, *(row.task.id for row in held))}
         for found in edges:
