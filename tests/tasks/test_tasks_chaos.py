@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable
@@ -22,10 +23,10 @@ LEASE: Final = 1.5
 # A worker notes what it does with which claim in a file that is only appended to, with a time at which the
 # ledger had not heard of it yet: from then on nobody else may have the task for the length of a lease.
 WORKER: Final = f"""
-import random
+import json, random
 from ledger_tasks import InvalidTransition, NotHolder, TaskLedger
 
-tasks = TaskLedger(sys.argv[3], agent=f"worker {{os.getpid()}}", lease={LEASE})
+tasks = TaskLedger(sys.argv[3], agent=f"worker {{os.getpid()}}", lease={LEASE}, **json.loads(sys.argv[4]))
 dice = random.Random(int(sys.argv[2]))
 
 def tell(word, claim, at):
@@ -91,22 +92,22 @@ def note(stage: Stage, text: str) -> None:
         file.write(f"{text}\n".encode())
 
 
-def let_loose(stage: Stage, url: str, kills: int) -> int:
+def let_loose(stage: Stage, *where: str) -> int:
     """Workers until nothing is left to do; so many are killed at random moments and replaced."""
     dice = random.Random(20_240_229)
-    workers = [stage.start(WORKER, number, url) for number in range(WORKERS)]
+    workers = [stage.start(WORKER, number, *where) for number in range(WORKERS)]
     killed = 0
     while workers:
         time.sleep(dice.uniform(0.02, 0.1))  # chaos is a matter of time
         busy = {line.split()[4] for line in stage.effects() if not line.startswith("killing")}
         victims = [worker for worker in workers if str(worker.pid) in busy and not has_ended(worker)]
-        if killed < kills and victims:
+        if killed < KILLS and victims:
             victim = dice.choice(victims)
             note(stage, f"killing {victim.pid}")
             victim.kill()
             workers.remove(victim)
             killed += 1
-            workers.append(stage.start(WORKER, WORKERS + killed, url))
+            workers.append(stage.start(WORKER, WORKERS + killed, *where))
         workers = [worker for worker in workers if not has_ended(worker)]
     return killed
 
@@ -142,34 +143,33 @@ def assert_one_holder_at_a_time(lines: list[list[str]]) -> dict[str, str]:
     return {task: token for task, (_, token) in last.items()}
 
 
-def sqlite(folder: Path) -> str:
-    """A file."""
-    return str(folder / "ledger.db")
+def sqlite(folder: Path) -> tuple[str, dict[str, str]]:
+    """A file, and how it is opened."""
+    return str(folder / "ledger.db"), {}
 
 
-def postgres(folder: Path) -> str:
+def postgres(_: Path) -> tuple[str, dict[str, str]]:
     """A namespace of its own on a real server."""
-    pytest.importorskip("ledger_tasks.postgres")  # the module is to come; then import it
+    pytest.importorskip("ledger_tasks.postgres")  # the module is to come; then leave this line out
     from tests.stores.servers import fresh_namespace, postgres_url
 
-    url = postgres_url()
-    return f"{url}{'&' if '?' in url else '?'}namespace={fresh_namespace()}"
+    return postgres_url(), {"namespace": fresh_namespace()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", [sqlite, postgres])
 @pytest.mark.timeout(300)
 def test_kills_at_random_moments_strand_no_task_and_give_none_to_two(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], where: Callable[[Path], str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], where: Callable[[Path], tuple[str, dict[str, str]]]
 ) -> None:
     """However many are killed, every task ends, none is held by two at once, and none is left behind."""
-    url = where(tmp_path)
-    tasks = TaskLedger(url, agent="test", quiet=True)
+    url, options = where(tmp_path)
+    tasks = TaskLedger(url, agent="test", quiet=True, **options)
     tasks.add_tasks(a_thousand())
     began = time.monotonic()
 
     with Stage(tmp_path) as stage:
-        killed = let_loose(stage, url, KILLS)
+        killed = let_loose(stage, url, json.dumps(options))
         lines = [line.split() for line in stage.effects()]
     took = time.monotonic() - began
 
