@@ -38,8 +38,8 @@ _PATIENCE: Final = 0.25
 _REST: Final = 5.0
 _KEPT_SECONDS: Final = 300
 _MOST_BYTES: Final = 4_000_000
-#: of a row, beside its task and what a lease has
-_KEPT: Final = ("num", "claim", "lease", "op", "said", "hash")
+#: of a row, beside its task; a lease that runs is not kept
+_KEPT: Final = ("num", "claim", "lease", "mono", "boot", "op", "said", "hash")
 
 
 class CachedTaskStore(TaskStore):

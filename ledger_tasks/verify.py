@@ -137,15 +137,18 @@ class _Inspection:
         self._way: Callable[..., Any] = store.read
         self._tasks = self._events = 0
         self._faults: list[str] = []
+        self._there: set[str] = set()
 
     def report(self) -> Report:
         for rows in self._pages():
             self._tasks += len(rows)
             for row in rows:
-                self._blame(self._believed(partial(self._story, row.task.id)))
+                self._blame(self._believed(partial(self._story, row.task.id, [row])))
                 self._events += row.task.version
             names = [row.task.id for row in rows]
-            self._blame(self._believed(partial(self._read, partial(_graph, names=names))))
+            if len(self._there) < _REMEMBERED:
+                self._there.update(names)
+            self._blame(self._believed(partial(self._read, partial(_graph, names=names, known=[rows]))))
         self._find_orphans()
         return Report(self._tasks, self._events, tuple(self._faults))
 
@@ -183,9 +186,9 @@ class _Inspection:
         finally:
             self._way = self._store.read
 
-    def _story(self, name: str) -> tuple[object, list[str]]:
-        """What the events of a task make of it, against its snapshot."""
-        row = self._row(name)
+    def _story(self, name: str, known: list[Row]) -> tuple[object, list[str]]:
+        """What the events of a task make of it, against its snapshot, which the first look knows."""
+        row = known.pop() if known else self._row(name)
         if row is None:
             return name, [f"the snapshot of task {name!r} was removed"]
         task: Task | None = None
@@ -221,7 +224,7 @@ class _Inspection:
 
     def _find_orphans(self) -> None:
         """Events whose task has no snapshot."""
-        there: set[str] = set()
+        there = self._there
         gone: dict[str, None] = {}
         for event in self._events_of(None):
             name = event.task
@@ -240,15 +243,15 @@ def _events(book: Book, after: int, name: str | None) -> list[TaskEvent]:
     return book.events(after, _PAGE, name)
 
 
-def _graph(book: Book, names: Sequence[str]) -> tuple[object, list[str]]:
+def _graph(book: Book, names: Sequence[str], known: list[list[Row]]) -> tuple[object, list[str]]:
     """What is wrong with the dependencies of these tasks, and with the states by which they are found."""
-    rows = _rows(book, names)
+    rows = {row.task.id: row for row in known.pop()} if known else _rows(book, names)
     edges: dict[str, dict[str, str]] = {name: {} for name in rows}
     for edge in book.dependencies(names):
         edges.setdefault(edge.task, {})[edge.on] = edge.on_failure
-    on = _rows(book, [name for those in edges.values() for name in those])
+    on = rows | _rows(book, [name for those in edges.values() for name in those if name not in rows])
     faults = [fault for row in rows.values() for fault in _open_faults(row, edges[row.task.id], on)]
-    seen = {name: row.task.version for name, row in (on | rows).items()}
+    seen = {name: row.task.version for name, row in on.items()}
     return seen, [*faults, *_state_faults(book, rows)]
 
 
