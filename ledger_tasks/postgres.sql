@@ -23,7 +23,9 @@ CREATE TABLE :ns.tasks (
   hash text NOT NULL,
   doc text NOT NULL,
   UNIQUE (session, id),                                    -- prevents two tasks of one id
-  CHECK (until = 0 OR state = 'assigned' OR state = 'active'));
+  CHECK (until = 0 OR state = 'assigned' OR state = 'active'))
+  -- each claim leaves a dead entry at the head of the index of ready ones, past which the next one steps
+  WITH (autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_cost_delay = 0);
 CREATE INDEX ready_tasks ON :ns.tasks (session, lane, priority DESC, num)
   WHERE state = 'pending' AND open = 0 AND due = 0;
 CREATE INDEX due_tasks ON :ns.tasks (session, due) WHERE state = 'pending' AND due > 0;

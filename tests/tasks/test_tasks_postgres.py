@@ -328,10 +328,11 @@ def test_a_lost_commit_is_found_or_done_again(server: OwnPostgres, what: Any) ->
         tasks.complete(first, "done")
         assert way.caught.is_set()
 
-        assert ["a", "c"] == [first.id, second.id]
+        # the server may still hold the first task for a caller that is gone: then the next one is claimed
+        assert first.id in (["a"] if what == "answer" else ["a", "b"])
         told = [(event.task, event.to_state) for event in tasks.events()]
-        assert [("a", "pending"), ("b", "pending"), ("c", "pending"), ("a", "assigned")] == told[:4]
-        assert [("c", "assigned"), ("a", "active"), ("a", "done")] == told[4:]
+        assert [("a", "pending"), ("b", "pending"), ("c", "pending"), (first.id, "assigned")] == told[:4]
+        assert [("c", "assigned"), (first.id, "active"), (first.id, "done")] == told[4:]
         tasks.close()
 
 
