@@ -80,7 +80,7 @@ class TaskCommands(Explained, Commands):
     ),
 )
 def tasks_command() -> None:
-    """What is to be done, by whom, in which order, and how far it is.
+    """Say what is to be done, by whom, and how far it is.
 
     An agent can work from a shell: `next --claim` gives it a task and a token, and `start`, `progress`,
     `checkpoint`, `done` and `fail` take that token, or the agent's name alone.

@@ -57,6 +57,7 @@ def watch_command(
     """
     screen = Screen()
     try:
+        signal.signal(signal.SIGINT, _interrupt_once)
         tasks = place.opened()
         start = tasks.last_seq() if after is None else after
         pages = _follow(tasks, start, every=all_sessions, until_done=until_done)
@@ -67,6 +68,12 @@ def watch_command(
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
+
+
+def _interrupt_once(_number: int, _frame: object) -> None:
+    """End at the first Ctrl-C; those that follow while it ends must not change how."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _follow(tasks: TaskLedger, after: int, *, every: bool, until_done: bool) -> Iterator[list[TaskEvent]]:

@@ -16,7 +16,7 @@ import pytest
 from ledger_cli.tasks import COMMANDS
 from ledger_tasks import Dep, Task, TaskLedger
 from tests.actors import eventually
-from tests.cli_kit import Background, Done, Terminal, on_terminal, run
+from tests.cli_kit import Background, Done, Terminal, make_shop, on_terminal, run
 
 ESCAPE = "\x1b"
 NASTY = "\x1b[2J\x1b]0;owned\x07 \u202e reversed \x9b31m\ttab\nline"
@@ -840,6 +840,16 @@ def test_watch_of_a_foreign_session_sees_nothing(db: Path, tasks: TaskLedger) ->
 
 
 # -- a file that is no ledger, and one without tasks --
+
+
+def test_a_ledger_of_calls_alone_has_no_tasks(db: Path) -> None:
+    """What a guard wrote can be looked at, and is as it was for the guard."""
+    make_shop(db)
+    calls = run("show", db).out
+
+    assert [] == ok(db, "list")
+    assert "no tasks yet" in ledger(db, "list").err
+    assert calls == run("show", db).out
 
 
 def test_a_file_that_is_no_ledger_is_refused(db: Path) -> None:
