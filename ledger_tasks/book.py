@@ -193,6 +193,10 @@ class Book(ABC):
     def last_seq(self) -> int:
         """The number of the newest event of all sessions, 0 if there is none."""
 
+    @abstractmethod
+    def pending(self) -> tuple[int, int, int]:
+        """PENDING tasks that wait for no other: how many are due, how many are not, and when the first will be."""
+
     # -- deliveries --
 
     @abstractmethod
@@ -210,10 +214,6 @@ class Book(ABC):
     @abstractmethod
     def post(self, posting: Posting) -> None:
         """Keep a new delivery, or what became of one."""
-
-    @abstractmethod
-    def pending(self) -> tuple[int, int]:
-        """How many PENDING tasks wait for nothing: those that are due, and those that are not to be done before a time."""
 
     @abstractmethod
     def sessions(self) -> dict[str, dict[str, Any]]:
