@@ -295,7 +295,8 @@ class SqlBook(Book):
 
     def pending(self) -> tuple[int, int, int]:
         of = "FROM tasks WHERE session = :session AND"
-        ready = self.do(f"SELECT COUNT(*) {of} {_READY}", session=self.session)[0][0]
+        # every lane is more than '': that lets the index of what is ready be counted, and no task be read
+        ready = self.do(f"SELECT COUNT(*) {of} lane > '' AND {_READY}", session=self.session)[0][0]
         due = self.do(f"SELECT COUNT(*) {of} {_DUE} AND open = 0", session=self.session, now=self.now)[0][0]
         sql = f"SELECT COUNT(*), COALESCE(MIN(due), 0) {of} state = 'pending' AND due > 0 AND due > :now AND open = 0"
         later, first = self.do(sql, session=self.session, now=self.now)[0]
