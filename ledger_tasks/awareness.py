@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _S = TaskState
 #: tasks of one kind that are looked at, and those that are kept of them
-LOOKED_AT: Final = 200
+LOOKED_AT: Final = 100
 SHOWN: Final = 20
 #: the newest so many tasks make the figures
 FIGURES_OF: Final = 500
