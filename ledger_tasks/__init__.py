@@ -15,6 +15,7 @@ add up to. A claim has a lease: what a killed worker left is brought back, and i
 from __future__ import annotations
 
 from ledger_tasks.aio import AsyncTaskLedger
+from ledger_tasks.awareness import Awareness, Item, Section
 from ledger_tasks.deliveries import Delivery, Verdict
 from ledger_tasks.errors import (
     Conflict,
@@ -37,8 +38,9 @@ from ledger_tasks.tasks import (
 )
 
 __all__ = [
-    "NEXT", "AsyncTaskLedger", "Claim", "Conflict", "Delivery", "Dep", "DependencyCycle", "DuplicateTask", "Figures",
-    "InvalidTransition", "Metrics", "NoSuchTask", "NotHolder", "Spread", "StatusEvent", "Tampered", "Task", "TaskError",
-    "TaskEvent", "TaskLedger", "TaskState", "TaskType", "Verdict", "create_ledger_for_user_prompt", "ledger_for_session",
+    "NEXT", "AsyncTaskLedger", "Awareness", "Claim", "Conflict", "Delivery", "Dep", "DependencyCycle",
+    "DuplicateTask", "Figures", "InvalidTransition", "Item", "Metrics", "NoSuchTask", "NotHolder",
+    "Section", "Spread", "StatusEvent", "Tampered", "Task", "TaskError", "TaskEvent", "TaskLedger",
+    "TaskState", "TaskType", "Verdict", "create_ledger_for_user_prompt", "ledger_for_session",
     "register_ledger_for_session",
 ]  # fmt: skip

@@ -197,6 +197,10 @@ class Book(ABC):
         """A text that is the same only as long as no event was added; None: this store cannot tell that for certain."""
         return None
 
+    @abstractmethod
+    def pending(self) -> tuple[int, int, int]:
+        """PENDING tasks that wait for no other: how many are due, how many are not, and when the first will be."""
+
     # -- deliveries --
 
     @abstractmethod
@@ -214,10 +218,6 @@ class Book(ABC):
     @abstractmethod
     def post(self, posting: Posting) -> None:
         """Keep a new delivery, or what became of one."""
-
-    @abstractmethod
-    def pending(self) -> tuple[int, int]:
-        """How many PENDING tasks wait for nothing: those that are due, and those that are not to be done before a time."""
 
     @abstractmethod
     def sessions(self) -> dict[str, dict[str, Any]]:

@@ -346,7 +346,8 @@ class _Desk:
     def _reserve(self) -> tuple[Verdict, Posting]:
         while True:
             known = self.look()
-            if reserved := self._write(_reserve, self._asked, self._call, known):
+            reserved: tuple[Verdict, Posting] | None = self._write(_reserve, self._asked, self._call, known)
+            if reserved is not None:
                 return reserved
 
     def _settle_quietly(self, row: Posting, outcome: Outcome, why: str) -> Delivery:

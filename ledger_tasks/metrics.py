@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ledger_tasks.model import Task, at, plain
 from ledger_tasks.states import TaskState
@@ -92,10 +92,11 @@ def measured(tasks: Iterable[Task], now: datetime) -> Metrics:
     by_type: dict[str, _Sums] = {}
     by_agent: dict[str, _Sums] = {}
     for task in tasks:
-        total.add(task)
-        _group(by_type, task.type, now).add(task)
+        took = _Took.of(task)
+        total.add(task, took)
+        _group(by_type, task.type, now).add(task, took)
         if task.assignee:
-            _group(by_agent, task.assignee, now).add(task)
+            _group(by_agent, task.assignee, now).add(task, took)
     return Metrics(total.figures(), _figures(by_type), _figures(by_agent), total.first, total.last)
 
 
@@ -108,6 +109,35 @@ def _group(groups: dict[str, _Sums], name: str, now: datetime) -> _Sums:
 
 def _figures(groups: dict[str, _Sums]) -> dict[str, Figures]:
     return {name: groups[name].figures() for name in sorted(groups)}
+
+
+class _Time(NamedTuple):
+    """A duration, exactly and as the bucket that it falls into."""
+
+    bucket: int
+    micros: int
+
+
+class _Took(NamedTuple):
+    """The durations of one task; None for what it has not."""
+
+    wait: _Time | None
+    work: _Time | None
+    cycle: _Time | None
+
+    @classmethod
+    def of(cls, task: Task) -> _Took:
+        work = task.work_time if task.started_at is not None else None
+        cycle = task.cycle_time if task.state == TaskState.DONE else None
+        return cls(_time_of(task.wait_time), _time_of(work), _time_of(cycle))
+
+
+def _time_of(seconds: float | None) -> _Time | None:
+    """A clock that was set back makes a duration of 0."""
+    if seconds is None:
+        return None
+    seconds = max(seconds, 0.0)
+    return _Time(math.floor(math.log(max(seconds, _LEAST)) / _GROWTH), round(seconds * 1e6))
 
 
 class _Sums:
@@ -123,23 +153,24 @@ class _Sums:
         self.costs: list[float] = []
         self.counts = dict.fromkeys(("retries", "errors", "api_calls", "tokens"), 0)
 
-    def add(self, task: Task) -> None:
+    def add(self, task: Task, took: _Took) -> None:
         self.states[task.state] = self.states.get(task.state, 0) + 1
-        self._add_times(task)
+        self._add_times(task, took)
         self.counts["retries"] += task.retries
         self.counts["errors"] += len(task.errors)
         self.counts["api_calls"] += task.api_calls
         self.counts["tokens"] += task.tokens
-        _add_exactly(self.costs, task.cost)
+        if task.cost:
+            _add_exactly(self.costs, task.cost)
 
-    def _add_times(self, task: Task) -> None:
+    def _add_times(self, task: Task, took: _Took) -> None:
         self.first = _sooner(self.first, task.created_at)
-        self.wait.add(task.wait_time)
-        self.work.add(task.work_time if task.started_at else None)
+        self.wait.add(took.wait)
+        self.work.add(took.work)
+        self.cycle.add(took.cycle)
         if task.completed_at is not None:
             self.last = max(self.last or task.completed_at, task.completed_at)
         if task.state == TaskState.DONE and task.completed_at is not None:
-            self.cycle.add(task.cycle_time)
             self.last_day += self.now - task.completed_at <= _DAY
 
     def figures(self) -> Figures:
@@ -180,25 +211,21 @@ class _Histogram:
 
     def __init__(self) -> None:
         self._buckets: dict[int, int] = {}
-        self._sum: list[float] = []
-        self._count, self._longest = 0, 0.0
+        self._count, self._sum, self._longest = 0, 0, 0
 
-    def add(self, seconds: float | None) -> None:
-        """Count one; None is none. A clock that was set back makes a duration of 0."""
-        if seconds is None:
+    def add(self, took: _Time | None) -> None:
+        if took is None:
             return
-        seconds = max(seconds, 0.0)
-        bucket = math.floor(math.log(max(seconds, _LEAST)) / _GROWTH)
-        self._buckets[bucket] = self._buckets.get(bucket, 0) + 1
+        self._buckets[took.bucket] = self._buckets.get(took.bucket, 0) + 1
         self._count += 1
-        self._longest = max(self._longest, seconds)
-        _add_exactly(self._sum, seconds)
+        self._sum += took.micros
+        self._longest = max(self._longest, took.micros)
 
     def spread(self) -> Spread:
         if not self._count:
             return Spread()
-        mean = math.fsum(self._sum) / self._count
-        return Spread(self._count, mean, self._at(0.5), self._at(0.95), self._longest)
+        mean = self._sum / self._count / 1e6
+        return Spread(self._count, mean, self._at(0.5), self._at(0.95), self._longest / 1e6)
 
     def _at(self, share: float) -> float:
         """The duration that this share is not above: the middle of its bucket."""
@@ -208,4 +235,4 @@ class _Histogram:
             if wanted <= 0:
                 break
         middle = math.exp((bucket + 0.5) * _GROWTH)
-        return min(middle, self._longest) if middle > _LEAST * 1.05 else 0.0
+        return min(middle, self._longest / 1e6) if middle > _LEAST * 1.05 else 0.0

@@ -207,9 +207,11 @@ class SqlBook(Book):
             for one in self.do(f"{page} lane = :lane AND {_READY} {order}", lane=lane, **values)
         ]
         rows = [row_from(one) for one in found]
-        for one in self.do(
-            f"{page} {_DUE} AND open = 0 ORDER BY priority DESC, num", session=self.session, now=self.now
-        ):
+        cut = (
+            "LIMIT :limit" if agent_can is None and types is None else ""
+        )  # what does not fit is left out below
+        due = f"{page} {_DUE} AND open = 0 ORDER BY priority DESC, num {cut}"
+        for one in self.do(due, now=self.now, **values):
             row = row_from(one)
             if lane_fits(lane_of(row.task), agent_can, types):
                 rows.append(row)
@@ -318,12 +320,14 @@ class SqlBook(Book):
     def last_seq(self) -> int:
         return int(self.do(f"SELECT COALESCE(MAX(seq), 0) FROM {self.log}")[0][0])
 
-    def pending(self) -> tuple[int, int]:
-        count = "SELECT COUNT(*) FROM tasks WHERE session = :session AND"
-        ready = self.do(f"{count} {_READY}", session=self.session)[0][0]
-        due = self.do(f"{count} {_DUE} AND open = 0", session=self.session, now=self.now)[0][0]
-        later = "state = 'pending' AND due > 0 AND due > :now AND open = 0"
-        return ready + due, self.do(f"{count} {later}", session=self.session, now=self.now)[0][0]
+    def pending(self) -> tuple[int, int, int]:
+        of = "FROM tasks WHERE session = :session AND"
+        # every lane is more than '': that lets the index of what is ready be counted, and no task be read
+        ready = self.do(f"SELECT COUNT(*) {of} lane > '' AND {_READY}", session=self.session)[0][0]
+        due = self.do(f"SELECT COUNT(*) {of} {_DUE} AND open = 0", session=self.session, now=self.now)[0][0]
+        sql = f"SELECT COUNT(*), COALESCE(MIN(due), 0) {of} state = 'pending' AND due > 0 AND due > :now AND open = 0"
+        later, first = self.do(sql, session=self.session, now=self.now)[0]
+        return ready + due, later, first
 
     # -- deliveries --
 
