@@ -693,7 +693,10 @@ def _spread(
     todo = deque(seeds)
     while todo:
         num = todo.popleft()
-        if num in asked or (len(nums) >= most and num not in nums):
+        if num in asked:
+            continue
+        if len(nums) >= most and num not in nums:
+            is_cut = True
             continue
         asked.add(num)
         found = _links(book, [num], _MOST_LINKS)
