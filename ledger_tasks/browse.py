@@ -34,7 +34,7 @@ _SEEN: Final = (
     "num, session, id, state, type, priority, assignee, parent, open,"
     f" CASE WHEN LENGTH(doc) <= {_LONGEST_DOC} THEN doc ELSE '' END"
 )
-_FIRST_WINDOW, _LAST_WINDOW = 2_000, 20_000
+_FIRST_WINDOW, _LAST_WINDOW = 2_000, 8_000
 _MOST_SESSIONS, _CHOICES_OF = 200, 2_000
 #: how many parts that are not shown are counted for one tree
 _MOST_COUNTED: Final = 20_000
