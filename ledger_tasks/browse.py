@@ -34,11 +34,13 @@ _SEEN: Final = (
     "num, session, id, state, type, priority, assignee, parent, open,"
     f" CASE WHEN LENGTH(doc) <= {_LONGEST_DOC} THEN doc ELSE '' END"
 )
-_FIRST_WINDOW, _LAST_WINDOW = 2_000, 20_000
+_FIRST_WINDOW, _LAST_WINDOW = 2_000, 8_000
 _MOST_SESSIONS, _CHOICES_OF = 200, 2_000
 #: how many parts that are not shown are counted for one tree
 _MOST_COUNTED: Final = 20_000
 _MOST_PARENTS: Final = 300
+#: a number above that of any event of a task
+_LAST: Final = 2**31 - 1
 #: how many events are looked through for one move
 _EVENTS_PER_MOVE: Final = 10
 
@@ -349,7 +351,7 @@ class TaskReader:
         while before > 1:
             floor, room = max(before - window, 1), limit + 1 - len(found)
             rows = [_seen(row) for row in self._ask(sql, floor=floor, before=before, limit=room, **values)]
-            found += [seen for seen in rows if mentions(seen, wanted.text)]
+            found += [seen for seen in rows if mentions(seen, wanted.text) and _has_tag(seen, wanted.tag)]
             # a window that was cut by its limit goes on below its last row
             before = rows[-1].num if len(rows) == room else floor
             if len(found) > limit:
@@ -418,7 +420,7 @@ class TaskReader:
             f" CASE WHEN LENGTH(data) <= {_LONGEST_DOC} THEN data ELSE '' END FROM task_events"
             " WHERE session = :session AND task = :task AND n < :before ORDER BY n DESC LIMIT :limit"
         )
-        values = {"session": session, "task": task_id, "before": before or 2**62, "limit": limit}
+        values = {"session": session, "task": task_id, "before": before or _LAST, "limit": limit}
         return [
             Told._make((*row[:8], at(row[8]), json.loads(row[9]) if row[9] else None))
             for row in self._ask(sql, **values)
@@ -564,14 +566,15 @@ def _conditions(wanted: Wanted) -> tuple[str, dict[str, Any]]:
             values[name] = one
     if wanted.parent:
         tests.append("parent <> ''")  # what the index of parts says of itself
-    for name, word in (
-        ("tag", wanted.tag and json.dumps(wanted.tag, ensure_ascii=False)),
-        ("text", wanted.text),
-    ):
+    for name, word in (("tag", wanted.tag and _in_json(wanted.tag)), ("text", _in_json(wanted.text)[1:-1])):
         if word:
             tests.append(f"LOWER(doc) LIKE :{name} ESCAPE '\\'")
-            values[name] = f"%{_escaped(json.dumps(word.lower(), ensure_ascii=False)[1:-1])}%"
+            values[name] = f"%{_escaped(word.lower())}%"
     return "".join(f" AND {test}" for test in tests), values
+
+
+def _in_json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _escaped(text: str) -> str:
@@ -589,6 +592,10 @@ def mentions(seen: Seen, text: str) -> bool:
     return any(word in one.lower() for one in (*texts, *task.tags)) or any(
         word in json.dumps(one, ensure_ascii=False).lower() for one in told if one
     )
+
+
+def _has_tag(seen: Seen, tag: str) -> bool:
+    return not tag or not seen.is_whole or tag in seen.task.tags
 
 
 # -- trees --
@@ -626,7 +633,7 @@ def _count_parts(book: SqlBook, task: Task, limit: int) -> tuple[int, int]:
     """How many parts a task has and how many of them are done, among the first ones."""
     sql = (
         "SELECT state, COUNT(*) FROM (SELECT state FROM tasks WHERE session = :session AND parent = :parent"
-        " AND parent <> '' LIMIT :limit) AS some GROUP BY state"
+        " AND parent <> '' LIMIT :limit) AS counted GROUP BY state"
     )
     found = dict(book.do(sql, session=task.session, parent=task.id, limit=limit))
     return sum(found.values()), found.get(_S.DONE.value, 0)
@@ -693,7 +700,10 @@ def _spread(
     todo = deque(seeds)
     while todo:
         num = todo.popleft()
-        if num in asked or (len(nums) >= most and num not in nums):
+        if num in asked:
+            continue
+        if len(nums) >= most and num not in nums:
+            is_cut = True
             continue
         asked.add(num)
         found = _links(book, [num], _MOST_LINKS)

@@ -31,7 +31,7 @@ _ROOTS, _MOST_IN_TREE, _MOST_PARTS = 30, 300, 50
 _MOST_IN_GRAPH = 200
 _MOVES, _AGENTS, _BARS = 2_000, 30, 200
 _NEIGHBOURS, _EVENTS, _CALLS = 50, 100, 10
-_MOST_NUMBER = 2**62
+_MOST_NUMBER, _MOST_EVENT = 2**62, 2**31 - 1
 
 
 def reader_for(opened: Opened) -> TaskReader:
@@ -229,7 +229,7 @@ def whole_of(request: Request, opened: Opened, reader: TaskReader) -> Whole:
     row = reader.row(*named(request))
     task = row.task
     before, after = reader.neighbours(row.num, _NEIGHBOURS)
-    events = reader.events(task.session, task.id, _EVENTS, count_of(request, "before", 0, _MOST_NUMBER))
+    events = reader.events(task.session, task.id, _EVENTS, count_of(request, "before", 0, _MOST_EVENT))
     calls = opened.reader.calls(Filter(wf=workflow_of(task)), limit=_CALLS, seconds=SEARCH_SECONDS).records
     earlier = events[-1].n - 1 if events else 0
     return Whole(Seen(row.num, task), row.until, before, after, events, earlier, calls)
