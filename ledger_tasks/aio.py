@@ -242,6 +242,8 @@ class AsyncTaskLedger:
     events = _in_pages(TaskLedger.events)
     replay = _off_loop(TaskLedger.replay)
     verify = _off_loop(TaskLedger.verify)
+    export = _off_loop(TaskLedger.export)
+    import_from = _off_loop(TaskLedger.import_from)
     last_seq = _off_loop(TaskLedger.last_seq)
 
     async def subscribe(

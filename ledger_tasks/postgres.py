@@ -105,6 +105,10 @@ class PostgresBook(SqlBook):
         """None: the statement asks for the server's."""
         return {}
 
+    def stamp(self) -> str | None:
+        # any transaction of the cluster changes the first; a restart may let numbers come again
+        return ":".join(self.do("SELECT pg_current_snapshot()::text, pg_postmaster_start_time()::text")[0])
+
     def _lanes(self) -> list[str]:
         return [lane for (lane,) in self.do(_LANES.format(what="lane"), session=self.session)]
 

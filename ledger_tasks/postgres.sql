@@ -32,6 +32,7 @@ CREATE INDEX due_tasks ON :ns.tasks (session, due) WHERE state = 'pending' AND d
 CREATE INDEX leased_tasks ON :ns.tasks (session, num) WHERE until > 0;
 -- prevents two tasks of one claim: the same request, sent again, waits for what became of the first
 CREATE UNIQUE INDEX claimed_tasks ON :ns.tasks (claim) WHERE until > 0 AND claim <> '';
+CREATE INDEX tasks_by_age ON :ns.tasks (session, num);
 CREATE INDEX tasks_by_state ON :ns.tasks (session, state);
 CREATE INDEX parts_of_tasks ON :ns.tasks (session, parent) WHERE parent <> '';
 
@@ -112,3 +113,5 @@ CREATE TABLE :ns.task_deliveries (
   at bigint NOT NULL,
   until bigint NOT NULL);
 CREATE INDEX deliveries_by_key ON :ns.task_deliveries (session, channel, recipient, key);
+CREATE INDEX deliveries_by_time ON :ns.task_deliveries (session, recipient, channel, at) WHERE outcome = 'sent';
+CREATE INDEX open_deliveries ON :ns.task_deliveries (session, recipient, channel) WHERE until > 0;
