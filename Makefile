@@ -65,7 +65,7 @@ bench-guard: $(VENV)/.installed-demo ## the guard: times and ratios to bare sqli
 bench-stores: $(VENV)/.installed-dev ## the same on PostgreSQL and Redis, as ratios to the bare driver
 	@$(VENV)/bin/python benchmarks/stores.py
 
-bench-tasks: $(VENV)/.installed-demo ## the task ledger, as ratios to bare statements, and how it grows
+bench-tasks: $(VENV)/.installed-dev ## the task ledger, as ratios to bare statements, and how it grows
 	@$(VENV)/bin/python benchmarks/tasks.py
 
 build: $(VENV)/.installed-dev ## wheel and sdist into dist/

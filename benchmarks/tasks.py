@@ -1,9 +1,10 @@
 """Times of the task ledger, as ratios to bare statements, and what must not grow with the number of tasks.
 
-Run it by `make bench-tasks`; BENCH_SHORT=1 takes about a minute.  The floor of a claim is one committed
-UPDATE of the first row of an index, with synchronous=FULL, by as many processes on a table of as many
-rows.  A figure over its target is reported, never an error; a task that was claimed twice, or a chain
-that did not end, is one, with exit status 1.
+Run it by `make bench-tasks`; BENCH_SHORT=1 takes about two minutes.  The floor of a claim is one committed
+UPDATE of the first row of an index (SQLite with synchronous=FULL; PostgreSQL with FOR UPDATE SKIP LOCKED),
+by as many processes on a table of as many rows.  PostgreSQL is the one that LEDGER_TEST_POSTGRES names,
+else one that is started here from a wheel.  A figure over its target is reported, never an error; a task
+that was claimed twice, or a chain that did not end, is one, with exit status 1.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sqlite3
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
@@ -29,6 +31,7 @@ from benchmarks.table import SHORT, Table  # noqa: E402 - the tree's own
 from ledger_tasks import Dep, Task, TaskLedger  # noqa: E402
 from ledger_tasks.book import Book, stepped  # noqa: E402
 from ledger_tasks.model import apply  # noqa: E402
+from tests.stores.servers import fresh_namespace, postgres_url  # noqa: E402
 
 TABLE = Table()
 PROCESSES = 8
@@ -41,7 +44,10 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def open_tasks(url: str) -> TaskLedger:
-    """Without a notice of a new file."""
+    """Without a notice of a new file; on a server in the namespace behind the URL."""
+    address, _, namespace = url.rpartition("#")
+    if address:
+        return TaskLedger(address, agent="bench", namespace=namespace, quiet=True)
     return TaskLedger(url, agent="bench", quiet=True)
 
 
@@ -72,24 +78,47 @@ def claimed(tasks: TaskLedger) -> str:
     return claim.id if claim else ""
 
 
-def claim_bare(path: str, go: Any, told: Any) -> None:
+def claim_bare(url: str, go: Any, told: Any) -> None:
     """The same with one statement in one transaction."""
-    db = sqlite3.connect(path, timeout=60, isolation_level=None)
-    db.execute("PRAGMA synchronous = FULL")
+    claim = bare_postgres(url) if url.startswith("postgresql:") else bare_sqlite(url)
     told.put(None)
     go.wait()
-    told.put(timed(lambda: bare_claim(db)))
+    told.put(timed(claim))
 
 
-def bare_claim(db: sqlite3.Connection) -> str:
-    """The first free row by priority and age."""
-    db.execute("BEGIN IMMEDIATE")
-    (found,) = db.execute(
-        "UPDATE tasks SET state = 'assigned', assignee = 'me' WHERE num = (SELECT num FROM tasks"
-        " WHERE state = 'pending' AND open = 0 ORDER BY priority DESC, num LIMIT 1) RETURNING id"
-    ).fetchall()[0]
-    db.execute("COMMIT")
-    return str(found)
+def bare_sqlite(path: str) -> Callable[[], str]:
+    """Claims the first free row by priority and age."""
+    db = sqlite3.connect(path, timeout=60, isolation_level=None)
+    db.execute("PRAGMA synchronous = FULL")
+
+    def claim() -> str:
+        db.execute("BEGIN IMMEDIATE")
+        (found,) = db.execute(f"{TAKE} LIMIT 1) RETURNING id").fetchall()[0]
+        db.execute("COMMIT")
+        return str(found)
+
+    return claim
+
+
+def bare_postgres(url: str) -> Callable[[], str]:
+    """Likewise; rows that others are claiming are passed over."""
+    import psycopg
+
+    address, _, table = url.rpartition("#")
+    db = psycopg.connect(address, autocommit=True)
+    sql = f"{TAKE} LIMIT 1 FOR UPDATE SKIP LOCKED) RETURNING id".replace(" tasks", f" {table}")
+
+    def claim() -> str:
+        [found] = db.execute(sql).fetchone() or [""]
+        return str(found)
+
+    return claim
+
+
+TAKE = (
+    "UPDATE tasks SET state = 'assigned', assignee = 'me' WHERE num = (SELECT num FROM tasks"
+    " WHERE state = 'pending' AND open = 0 ORDER BY priority DESC, num"
+)
 
 
 def timed(claim: Callable[[], str]) -> tuple[list[float], list[str]]:
@@ -117,7 +146,12 @@ def by_processes(work: Callable[..., None], url: str) -> tuple[float, list[str]]
     return median(t for spent, _ in found for t in spent), [name for _, names in found for name in names]
 
 
-def bare_table(path: Path, count: int) -> str:
+def rows_of(count: int) -> Iterable[tuple[str, int]]:
+    """What the bare table holds: an id, and whether it waits."""
+    return ((f"t{n}", 1 if n % 3 == 0 else 0) for n in range(count))
+
+
+def sqlite_table(path: Path, count: int) -> str:
     """A table of so many rows with the index that a claim needs."""
     db = sqlite3.connect(path, isolation_level=None)
     db.execute("PRAGMA journal_mode = WAL")
@@ -127,26 +161,48 @@ def bare_table(path: Path, count: int) -> str:
     )
     db.execute("CREATE INDEX ready ON tasks (priority DESC, num) WHERE state = 'pending' AND open = 0")
     db.execute("BEGIN")
-    rows = ((f"t{n}", 1 if n % 3 == 0 else 0) for n in range(count))
-    db.executemany("INSERT INTO tasks VALUES (NULL, ?, 'pending', 5, ?, '', '{}')", rows)
+    db.executemany("INSERT INTO tasks VALUES (NULL, ?, 'pending', 5, ?, '', '{}')", rows_of(count))
     db.execute("COMMIT")
     db.close()
     return str(path)
 
 
-def bench_claims(folder: Path) -> None:
+def postgres_table(url: str, count: int) -> str:
+    """The same on a server; the URL with the table's name behind it."""
+    import psycopg
+
+    table = f"bare_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(url, autocommit=True) as db:
+        db.execute(
+            f"CREATE TABLE {table} (num bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, id text UNIQUE,"
+            " state text, priority integer, open integer, assignee text, doc text)"
+        )
+        db.execute(f"CREATE INDEX ON {table} (priority DESC, num) WHERE state = 'pending' AND open = 0")
+        with db.cursor() as cursor:
+            cursor.executemany(
+                f"INSERT INTO {table} (id, state, priority, open, assignee, doc)"
+                " VALUES (%s, 'pending', 5, %s, '', '{}')",
+                list(rows_of(count)),
+            )
+        db.execute(f"ANALYZE {table}")
+    return f"{url}#{table}"
+
+
+def bench_claims(what: str, ours: Callable[[int], str], bare: Callable[[int], str]) -> None:
     """A claim by eight processes on few and on many tasks, beside the bare statement on as many."""
     medians: dict[int, float] = {}
     for count in (FEW, MANY):
-        url = str(folder / f"ours-{count}.db")
+        url = ours(count)
         tasks = open_tasks(url)
         fill(tasks, count)
         tasks.close()
-        ours, names = by_processes(claim_ours, url)
-        bare, _ = by_processes(claim_bare, bare_table(folder / f"bare-{count}.db", count))
-        medians[count] = ours
-        TABLE.report(f"claim_next, 8 processes, {count:,} tasks", ours, "µs", floor=bare, ratio=ours / bare)
-        TABLE.report("… above the bare statement", ours - bare, "µs", most=1000, of_ratio=False)
+        spent, names = by_processes(claim_ours, url)
+        floor, _ = by_processes(claim_bare, bare(count))
+        medians[count] = spent
+        TABLE.report(
+            f"{what}: claim_next, 8 processes, {count:,} tasks", spent, "µs", floor=floor, ratio=spent / floor
+        )
+        TABLE.report("… above the bare statement", spent - floor, "µs", most=1000, of_ratio=False)
         found = len(names), len({*names} - {""})
         TABLE.expect("… tasks claimed, each once", found, (PROCESSES * CLAIMS,) * 2)
     few, many = medians[FEW], medians[MANY]
@@ -249,9 +305,9 @@ def replay_apart(url: str, told: Any) -> None:
     begun = time.perf_counter()
     last = tasks.replay("long")
     seconds = time.perf_counter() - begun
-    told.put(
-        (last == tasks.get("long"), seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    )
+    more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    now = tasks.get("long").to_dict()
+    told.put(([name for name, value in last.to_dict().items() if value != now[name]], seconds, more))
 
 
 def bench_replay(folder: Path) -> None:
@@ -282,7 +338,15 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=home))
     begun = time.monotonic()
     try:
-        bench_claims(folder)
+        bench_claims(
+            "SQLite",
+            lambda n: str(folder / f"ours-{n}.db"),
+            lambda n: sqlite_table(folder / f"bare-{n}.db", n),
+        )
+        server = postgres_url()
+        bench_claims(
+            "PostgreSQL", lambda _: f"{server}#{fresh_namespace()}", lambda n: postgres_table(server, n)
+        )
         bench_dependents(folder)
         bench_shape(folder, "chain", chain)
         bench_shape(folder, "fan", fan)

@@ -59,8 +59,8 @@ def move_command(
     before the copy, and the move goes on when every program must have looked at the seal (11 s); a claim that
     comes later is given back before its tool is entered. Events of their calls stay behind.
     A run whose lease lapsed goes along as in doubt; if its end still comes to FROM, the same command
-    carries it over. What FROM counts after the move (blocked attempts, unlimited tools) stays there, and so do
-    tasks: `ledger tasks export` and `import` take them along, a session at a time.
+    carries it over. What FROM counts after the move (blocked attempts, unlimited tools) stays there, and so
+    do tasks: `ledger tasks export` and `import` take them along, a session at a time.
     """
     from ledger_ops.move import Move, opened_sides
 
