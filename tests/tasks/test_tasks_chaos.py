@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -143,12 +143,12 @@ def assert_one_holder_at_a_time(lines: list[list[str]]) -> dict[str, str]:
     return {task: token for task, (_, token) in last.items()}
 
 
-def sqlite(folder: Path) -> tuple[str, dict[str, str]]:
+def sqlite(folder: Path) -> tuple[str, dict[str, Any]]:
     """A file, and how it is opened."""
     return str(folder / "ledger.db"), {}
 
 
-def postgres(_: Path) -> tuple[str, dict[str, str]]:
+def postgres(_: Path) -> tuple[str, dict[str, Any]]:
     """A namespace of its own on a real server."""
     pytest.importorskip("ledger_tasks.postgres")  # the module is to come; then leave this line out
     from tests.stores.servers import fresh_namespace, postgres_url
@@ -160,7 +160,7 @@ def postgres(_: Path) -> tuple[str, dict[str, str]]:
 @pytest.mark.parametrize("where", [sqlite, postgres])
 @pytest.mark.timeout(300)
 def test_kills_at_random_moments_strand_no_task_and_give_none_to_two(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], where: Callable[[Path], tuple[str, dict[str, str]]]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], where: Callable[[Path], tuple[str, dict[str, Any]]]
 ) -> None:
     """However many are killed, every task ends, none is held by two at once, and none is left behind."""
     url, options = where(tmp_path)
