@@ -30,7 +30,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import psycopg
 from psycopg.abc import RV, PQGen
-from psycopg.generators import execute, fetch_many, pipeline_communicate
+from psycopg.generators import execute
 from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 from psycopg.rows import tuple_row
 from psycopg.waiting import Wait
@@ -316,13 +316,13 @@ class PostgresStore(ServerStore):
         lasts = any(question.durable for question in asked)
         sent = [self._packed(asked[n], lasts=lasts) for n in order]
         rows = yield from connection.talk(
-            [(_statement(_ASIDE, self.namespace), []), *sent], prepares=self._prepares
+            [_Asked(_statement(_ASIDE, self.namespace), []), *sent], prepares=self._prepares
         )
         return [row for _, row in sorted(zip(order, rows[1:], strict=True))]
 
-    def _packed(self, question: _Question, *, lasts: bool) -> tuple[_Statement, list[bytes | None]]:
+    def _packed(self, question: _Question, *, lasts: bool) -> _Asked:
         sql = question.sql + self._lasting(None if question.durable is None else lasts)
-        return _statement(sql, self.namespace), [_packed(value) for value in question.values]
+        return _Asked(_statement(sql, self.namespace), [_packed(value) for value in question.values])
 
     def _read_out(self, connection: _Connection, talk: Talk) -> list[Any]:
         return connection.wait(cast("PQGen[list[Any]]", talk))
@@ -747,13 +747,22 @@ class _Connection(psycopg.Connection[Row]):
         found = self._answer()
         return _first_row(found)
 
-    def talk(self, asked: Sequence[tuple[_Statement, Sequence[bytes | None]]], *, prepares: bool) -> Talk:
+    def talk(self, asked: Sequence[_Asked], *, prepares: bool) -> Talk:
         """The first row of each statement, when the transaction in which they all are is committed."""
+        return [_first_row(found) for found in (yield from self._exchange(asked, prepares=prepares))]
+
+    def answers(self, asked: Sequence[_Asked], *, prepares: bool) -> list[Any]:
+        """The answers to several statements that are sent at once; raises the first error among them."""
+        return self.wait(cast("PQGen[list[Any]]", self._exchange(asked, prepares=prepares)))
+
+    def _exchange(self, asked: Sequence[_Asked], *, prepares: bool) -> Talk:
         try:
             self.pgconn.enter_pipeline_mode()
             made = [self._send(statement, values, prepares=prepares) for statement, values in asked]
             self.pgconn.pipeline_sync()
-            while self.pgconn.flush():
+            while (
+                self.pgconn.flush()
+            ):  # what does not fit into the socket waits, and answers are read meanwhile
                 if ((yield Wait.RW) or 0) & READABLE:
                     self.pgconn.consume_input()
             results = yield from self._until_committed()
@@ -761,18 +770,19 @@ class _Connection(psycopg.Connection[Row]):
         except Exception:
             self.close()  # nobody knows what it still has to say
             raise
-        return self._rows_of(made, results)
+        return self._results_of(made, results)
 
-    def _rows_of(self, made: list[bytes | None], results: list[Any]) -> list[list[bytes | None]]:
+    def _results_of(self, made: list[bytes | None], results: list[Any]) -> list[Any]:
+        """What each statement gave; those that were prepared stay prepared, also when one after them fails."""
         self._names.difference_update(name for name in made if name)
-        rows, left = [], iter(results)
+        found, left = [], iter(results)
         for name in made:
             if name and _succeeded(next(left)):
                 self._names.add(name)
-            rows.append(_first_row(_succeeded(next(left))))
+            found.append(_succeeded(next(left)))
         for result in left:  # the commit failed
             _succeeded(result)
-        return rows
+        return found
 
     def _send(self, statement: _Statement, values: Sequence[bytes | None], *, prepares: bool) -> bytes | None:
         """Send one of several; the name that is prepared with it, if that is new."""
@@ -801,49 +811,6 @@ class _Connection(psycopg.Connection[Row]):
                 return found
             else:
                 found.append(result)
-
-    def answers(self, asked: Sequence[_Asked], *, prepares: bool) -> list[Any]:
-        """The answers to several statements that are sent at once; raises the first error among them."""
-        self.pgconn.enter_pipeline_mode()
-        new = self._new_names(asked) if prepares else {}
-        told = self.wait(
-            self._exchange(self._sender(asked, new, prepares=prepares), len(new) + len(asked) + 1)
-        )
-        self.pgconn.exit_pipeline_mode()
-        # what was prepared stays prepared, also when a statement after it fails
-        self._names |= {
-            name for name, made in zip(new, told, strict=False) if made.status == ExecStatus.COMMAND_OK
-        }
-        for found in told:
-            if found.status == ExecStatus.FATAL_ERROR:
-                raise psycopg.errors.error_from_result(found)
-        return told[len(new) : -1]
-
-    def _exchange(self, send: Callable[[], None], count: int) -> PQGen[list[Any]]:
-        answers = yield from pipeline_communicate(self.pgconn, deque([send]))
-        while len(answers) < count:
-            answers.append((yield from fetch_many(self.pgconn)))
-        return [found for [found, *_] in answers]
-
-    def _new_names(self, asked: Sequence[_Asked]) -> dict[bytes, bytes]:
-        return {
-            one.statement.name: one.statement.text for one in asked if one.statement.name not in self._names
-        }
-
-    def _sender(
-        self, asked: Sequence[_Asked], new: Mapping[bytes, bytes], *, prepares: bool
-    ) -> Callable[[], None]:
-        def send() -> None:
-            for name, text in new.items():
-                self.pgconn.send_prepare(name, text)
-            for (name, text), values in asked:
-                if prepares:
-                    self.pgconn.send_query_prepared(name, values)
-                else:
-                    self.pgconn.send_query_params(text, values)
-            self.pgconn.pipeline_sync()
-
-        return send
 
     def _answer(self) -> Any:
         return _succeeded(self.wait(execute(self.pgconn))[-1])

@@ -339,13 +339,13 @@ class TaskReader:
         inside = ", ".join(str(int(num)) for num in nums)
         if not inside:
             return []
-        rows = self._ask(f"SELECT {_SEEN} FROM tasks WHERE num IN ({inside}) ORDER BY num DESC")
+        rows = self._ask(f"SELECT {_SEEN} FROM whole_tasks WHERE num IN ({inside}) ORDER BY num DESC")
         return [_seen(row) for row in rows]
 
     def _search(self, wanted: Wanted, before: int, limit: int, deadline: float) -> TaskPage:
         """Go back from the newest in growing windows, until the page is full or the time is over."""
         where, values = _conditions(wanted)
-        sql = f"SELECT {_SEEN} FROM tasks WHERE num >= :floor AND num < :before{where} ORDER BY num DESC LIMIT :limit"
+        sql = f"SELECT {_SEEN} FROM whole_tasks WHERE num >= :floor AND num < :before{where} ORDER BY num DESC LIMIT :limit"
         found: list[Seen] = []
         window = _FIRST_WINDOW
         while before > 1:
@@ -362,7 +362,9 @@ class TaskReader:
         return TaskPage(found, 0)
 
     def _added_at(self, before: int) -> datetime | None:
-        rows = self._ask(f"SELECT {_SEEN} FROM tasks WHERE num >= :num ORDER BY num LIMIT 1", num=before)
+        rows = self._ask(
+            f"SELECT {_SEEN} FROM whole_tasks WHERE num >= :num ORDER BY num LIMIT 1", num=before
+        )
         return _seen(rows[0]).task.created_at if rows else None
 
     # -- one task --
@@ -376,7 +378,7 @@ class TaskReader:
         return self._seen_of(session, [task_id]).get(task_id) or _as_seen(self.row(session, task_id))
 
     def _seen_of(self, session: str, task_ids: Iterable[str]) -> dict[str, Seen]:
-        sql = f"SELECT {_SEEN} FROM tasks WHERE session = :session AND id = :id"
+        sql = f"SELECT {_SEEN} FROM whole_tasks WHERE session = :session AND id = :id"
 
         def look(book: SqlBook) -> dict[str, Seen]:
             rows = [row for name in task_ids for row in book.do(sql, session=session, id=name)]
@@ -623,7 +625,7 @@ def _tree(book: SqlBook, roots: Sequence[Seen], most: int, wide: int) -> list[Tw
 
 def _parts(book: SqlBook, task: Task, limit: int) -> list[Seen]:
     sql = (
-        f"SELECT {_SEEN} FROM tasks WHERE session = :session AND parent = :parent AND parent <> ''"
+        f"SELECT {_SEEN} FROM whole_tasks WHERE session = :session AND parent = :parent AND parent <> ''"
         " ORDER BY num LIMIT :limit"
     )
     return [_seen(row) for row in book.do(sql, session=task.session, parent=task.id, limit=limit)]

@@ -79,8 +79,11 @@ def fill(db: Path, count: int) -> None:
     with closing(sqlite3.connect(db)) as file, file:
         file.execute(
             "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?)"
-            f" INSERT INTO tasks (session, id, doc, {_SAME})"
-            f" SELECT session, 'copy-' || i, REPLACE(doc, 'seed', 'copy-' || i), {_SAME} FROM n, tasks"
-            " WHERE id = 'seed'",
+            f" INSERT INTO tasks (session, id, {_SAME})"
+            f" SELECT session, 'copy-' || i, {_SAME} FROM n, tasks WHERE id = 'seed'",
             (count,),
+        )
+        file.execute(
+            "INSERT INTO task_docs SELECT copy.num, REPLACE(doc, 'seed', copy.id) FROM tasks AS copy,"
+            " whole_tasks AS seed WHERE seed.id = 'seed' AND copy.id LIKE 'copy-%'"
         )

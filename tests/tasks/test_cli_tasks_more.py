@@ -150,7 +150,8 @@ def test_verify_finds_what_was_altered(db: Path, tasks: TaskLedger) -> None:
     tasks.close()
     with closing(sqlite3.connect(db)) as other, other:
         other.execute(
-            "UPDATE tasks SET doc = replace(doc, '\"priority\":5', '\"priority\":9') WHERE id = 'b'"
+            'UPDATE task_docs SET doc = replace(doc, \'"schema":1\', \'"schema":1,"priority":9\')'
+            " WHERE num = (SELECT num FROM tasks WHERE id = 'b')"
         )
 
     broken, told = ledger(db, "verify"), ledger(db, "verify", "--json")

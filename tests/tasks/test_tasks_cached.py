@@ -171,7 +171,10 @@ def test_verify_asks_the_primary(tasks: TaskLedger, path: Path) -> None:
     assert tasks.verify()
     db = sqlite3.connect(path)
     with db:
-        db.execute("UPDATE tasks SET doc = replace(doc, '\"priority\":5', '\"priority\":6') WHERE id = 'a'")
+        db.execute(
+            'UPDATE task_docs SET doc = replace(doc, \'"schema":1\', \'"schema":1,"priority":6\')'
+            " WHERE num = (SELECT num FROM tasks WHERE id = 'a')"
+        )
     db.close()
     assert not tasks.verify()
 

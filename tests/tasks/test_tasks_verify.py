@@ -98,11 +98,17 @@ TAMPERED = {
         "task 'p.2' has version 1, and events up to 0",
     ),
     "a snapshot": (
-        f"UPDATE tasks SET doc = {PAGES.format('doc')} WHERE id = 'a'",
+        (
+            f"UPDATE task_docs SET doc = {PAGES.format('doc')}"
+            " WHERE num = (SELECT num FROM tasks WHERE id = 'a')"
+        ),
         "task 'a' is not what its events add up to (version 6, events up to 6; differing: result)",
     ),
     "the snapshot's version": (
-        "UPDATE tasks SET doc = replace(doc, '\"version\":6', '\"version\":5') WHERE id = 'a'",
+        (
+            "UPDATE task_docs SET doc = replace(doc, '\"version\":6', '\"version\":5')"
+            " WHERE num = (SELECT num FROM tasks WHERE id = 'a')"
+        ),
         "snapshot of task 'a' is not what its events add up to",
     ),
     "the snapshot's hash": (
