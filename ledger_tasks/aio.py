@@ -156,8 +156,13 @@ class AsyncTaskLedger:
         if future.cancelled() or future.exception() is not None:
             return
         claim = future.result()
-        if claim is not None:
-            self._threads().submit(self._ledger.release, claim, "its caller was cancelled before it had it")
+        if claim is None:
+            return
+        why = "its caller was cancelled before it had it"
+        try:
+            self._threads().submit(self._ledger.release, claim, why)
+        except RuntimeError:  # the program is ending, and takes no more work; no loop runs any more
+            self._ledger.release(claim, why)
 
     async def close(self) -> None:
         """Close the store and end the threads; both come back when they are used again."""

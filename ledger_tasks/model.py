@@ -266,6 +266,11 @@ def checked(task: Task) -> Task:
     given["type"] = plain(given["type"])
     for name in ("id", "type", "parent"):
         refuse_odd(given[name], f"the {name} of task {task.id!r}")
+    for name in ("title", "description"):
+        if not isinstance(given[name], str):
+            raise UsageError(
+                f"the {name} of task {task.id!r} is {given[name]!r}; it must be text; nothing was added"
+            )
     if not task.id:
         raise UsageError("a task needs an id that is not empty; nothing was added")
     if isinstance(task.priority, bool) or not isinstance(task.priority, int) or not 1 <= task.priority <= 10:
@@ -282,6 +287,8 @@ def checked(task: Task) -> Task:
 
 
 def _words(found: Iterable[str], what: str) -> tuple[str, ...]:
+    if not isinstance(found, Iterable):
+        raise UsageError(f"the {what} are {found!r}; give a list of strings; nothing was added")
     if isinstance(found, str):
         raise UsageError(f"the {what} are one string, {found!r}; give a list of strings; nothing was added")
     words = tuple(found)
@@ -294,6 +301,8 @@ def dependencies_from(found: Iterable[str | Dep | Task]) -> tuple[Dep, ...]:
     """Dependencies as a task keeps them: one for each task, the last word on it counts."""
     if isinstance(found, str | Dep | Task):
         found = [found]
+    if not isinstance(found, Iterable):
+        raise UsageError(f"the dependencies are {found!r}; give a list of ids or Dep; nothing was changed")
     deps: dict[str, Dep] = {}
     for one in found:
         dep = one if isinstance(one, Dep) else Dep(one.id if isinstance(one, Task) else one)

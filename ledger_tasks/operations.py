@@ -695,12 +695,15 @@ def _cancel_one(book: Book, row: Row, who: Who, op: str, why: str) -> Row:
 
 
 def _to_cancel(book: Book, task_id: str, *, dependents: bool) -> list[str]:
-    """The parts of a task and their parts, and (if asked) what waits for any of these."""
+    """The parts of a task and their parts, and (if asked) what waits for any of these.
+
+    What has ended is left as it is, and so is what waited for that alone.
+    """
     seen, todo = {task_id: None}, [task_id]
     while todo:
-        found = [row.task.id for name in todo for row in _parts(book, name)]
+        found = [row.task.id for name in todo for row in _parts(book, name) if row.task.state not in ENDED]
         if dependents:
-            found += [edge.task for edge in book.dependents(todo)]
+            found += [edge.task for edge in book.dependents(todo, waiting=True)]
         todo = [name for name in dict.fromkeys(found) if name not in seen]
         seen.update(dict.fromkeys(todo))
     return [name for name in seen if name != task_id]

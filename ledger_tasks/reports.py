@@ -144,7 +144,7 @@ def _note(book: Book, row: Row, told: Told) -> Row:
 def _walk(book: Book, row: Row, told: Told) -> Row:
     """Each state of the way with an event of its own; the last one carries the report."""
     start, task = row.task.state, row.task
-    way = _way(task, told)
+    way = _way(row, told)
     _refuse_waiting(task, way, told)
     events: list[TaskEvent] = []
     for state in way[:-1]:
@@ -160,14 +160,19 @@ def _walk(book: Book, row: Row, told: Told) -> Row:
     return ops._commit(book, start, replace(row, said=told.digest), events).row
 
 
-def _way(task: Task, told: Told) -> list[TaskState]:
+def _way(row: Row, told: Told) -> list[TaskState]:
     """The table's shortest way. A task at rest in FAILED has no retry left: a report does not begin it anew."""
+    task = row.task
     through = _IMPLIED if task.state not in (_S.FAILED, _S.DEAD) else frozenset[TaskState]()
     way = path(task.state, told.state, through=through)
     if not way:
         raise InvalidTransition(task.id, task.state, told.state, f"{told.who.actor} reported {told.name}")
     if task.state in (_S.FAILED, _S.DEAD) and told.state == _S.PENDING:
         raise InvalidTransition(task.id, task.state, told.state, "no retry is left; `retry` it with a reason")
+    own = task.changed_by == told.who.actor and not row.claim
+    if task.state in (_S.REVIEW, _S.BLOCKED) and len(way) > 1 and not own:
+        word = "approve" if task.state == _S.REVIEW else "unblock"
+        raise InvalidTransition(task.id, task.state, told.state, f"somebody must {word} it first")
     return way
 
 

@@ -29,6 +29,11 @@ _ENDED: Final = ", ".join(f"'{state.value}'" for state in sorted(ENDED))
 _LOST: Final = ", ".join(f"'{state.value}'" for state in sorted(LOST))
 _READY: Final = "state = 'pending' AND open = 0 AND due = 0"
 _DUE: Final = "state = 'pending' AND due > 0 AND due <= :now"
+#: whoever only reports its states has no lease; its last word says how long it has been silent
+_REPORTED_LONG_AGO: Final = (
+    "state IN ('assigned', 'active') AND until = 0 AND (SELECT e.at FROM task_events e"
+    " WHERE e.session = t.session AND e.task = t.id ORDER BY e.n DESC LIMIT 1) + :silent <= :now"
+)
 _EVENT: Final = ", ".join(("seq", *EVENT_COLUMNS, "hash"))
 
 
@@ -251,12 +256,17 @@ class SqlBook(Book):
         return min(best, key=by_urgency, default=None)
 
     def lapsed(self, silent: float | None = None, limit: int = 100) -> list[Row]:
-        over = self.is_over if silent is None else "until - lease * 1000000 + :silent <= :now"
-        sql = f"SELECT {_ROW} FROM {self.source} WHERE session = :session AND until > 0 AND {over} ORDER BY num LIMIT :limit{self.hold}"
-        found = self.do(
-            sql, session=self.session, limit=limit, silent=int((silent or 0) * 1e6), **self.clocks()
-        )
-        return [row_from(one) for one in found]
+        leased = "until > 0 AND"
+        values = {"session": self.session, "limit": limit, **self.clocks()}
+        if silent is None:
+            return self._held_and(f"{leased} {self.is_over}", values)
+        values["silent"] = int(silent * 1e6)
+        quiet = self._held_and(f"{leased} until - lease * 1000000 + :silent <= :now", values)
+        return sorted([*quiet, *self._held_and(_REPORTED_LONG_AGO, values)], key=lambda row: row.num)[:limit]
+
+    def _held_and(self, test: str, values: dict[str, Any]) -> list[Row]:
+        sql = f"SELECT {_ROW} FROM {self.source} AS t WHERE session = :session AND {test} ORDER BY num LIMIT :limit"
+        return [row_from(one) for one in self.do(sql + self.hold, **values)]
 
     def clocks(self) -> dict[str, Any]:
         """What `is_over` compares with."""

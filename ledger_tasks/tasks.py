@@ -273,7 +273,8 @@ class TaskLedger:
         types: Sequence[str] | None = None,
     ) -> list[Task]:
         """All that can be begun now, most urgent first, then oldest; claims nothing."""
-        rows = self._read(lambda book: book.ready(capabilities, types, limit))
+        can, kinds = _several(capabilities, "capabilities"), _several(types, "types")
+        rows = self._read(lambda book: book.ready(can, kinds, limit))
         return [row.task for row in rows]
 
     def get_available(
@@ -311,7 +312,7 @@ class TaskLedger:
 
         None if there is none, also after what dead agents left has been brought back.
         """
-        options = {"capabilities": capabilities, "types": types}
+        options = {"capabilities": _several(capabilities, "capabilities"), "types": _several(types, "types")}
         claim = self._claimed(ops.claim_next, agent, lease, **options)
         if claim is None and self._has_lapsed():
             self.recover()  # what is DEAD by that may have freed others
@@ -327,6 +328,8 @@ class TaskLedger:
         **options: Any,
     ) -> Claim | None:
         seconds = self.lease if lease is None else lease
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+            raise UsageError(f"lease={lease!r} is not a number of seconds; nothing was claimed")
         if not 0 < seconds <= LONGEST:
             raise UsageError(
                 f"lease={lease!r} is not a number of seconds above 0, up to {LONGEST:g}; nothing was claimed"
@@ -495,6 +498,11 @@ class TaskLedger:
         """PENDING or ACTIVE → BLOCKED, with a reason; who had it has it no more."""
         if not reason:
             raise UsageError(f"task {_id_of(task)!r} is blocked for a reason; nothing was changed. Give one")
+        if reason == ops.WAITS_FOR_PARTS:
+            raise UsageError(
+                f"{reason!r} is what a parent says that goes on by itself; task {_id_of(task)!r} was not changed. "
+                "Say it in other words"
+            )
         return self._moved(task, "block", _S.BLOCKED, actor, expected_version, why=reason)
 
     def unblock(
@@ -548,6 +556,8 @@ class TaskLedger:
 
         A task that is paused or in review waits for a person, and is not stale.
         """
+        if older_than is not None and not 0 <= older_than <= LONGEST:
+            raise UsageError(f"older_than={older_than!r} is not a number of seconds from 0 to {LONGEST:g}")
         return [row.task for row in self._read(lambda book: book.lapsed(older_than, 10_000))]
 
     def recover(self) -> list[Task]:
@@ -577,10 +587,13 @@ class TaskLedger:
             yield from page
             after = page[-1].seq
 
-    def replay(self, task: Named, until: int | datetime | None = None) -> Task:
-        """The task as its events make it, up to and with a sequence number or a time. Raises `NoSuchTask`."""
+    def replay(self, task: Named, until: int | datetime | str | None = None) -> Task:
+        """The task as its events make it, up to and with a sequence number or a time. Raises `NoSuchTask`.
+
+        A time is a datetime with its zone, or ISO text.
+        """
         last = until if isinstance(until, int) else None
-        end = micros_of(moment(until)) if isinstance(until, datetime) else None
+        end = None if until is None or last is not None else micros_of(moment(until))
         found: Task | None = None
         for event in self.events(task):
             if (last is not None and event.seq > last) or (end is not None and micros_of(event.at) > end):
@@ -715,6 +728,13 @@ def _id_of(task: Named) -> str:
     return task if isinstance(task, str) else task.id
 
 
+def _several(words: Sequence[str] | None, what: str) -> Sequence[str] | None:
+    """A list of words; one string would be read as its letters."""
+    if isinstance(words, str):
+        raise UsageError(f"{what}={words!r} is one string; give a list: [{words!r}]")
+    return words
+
+
 def _states_of(state: TaskState | str | Iterable[TaskState | str] | None) -> frozenset[TaskState]:
     if state is None:
         return frozenset()
@@ -746,12 +766,16 @@ _FIELD_NAMES = {
 }  # fmt: skip
 
 
+#: of a cost and the like in one report, so that sums stay numbers
+_MOST = 1e15
+
+
 def _usage(cost: float, tokens: int, api_calls: int) -> dict[str, Any]:
     """What is added to a task's account; nothing is not written."""
     found = {"cost": cost, "tokens": tokens, "api_calls": api_calls}
     for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise UsageError(f"{name}={value!r} is not a number from 0 on; nothing was changed")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST:
+            raise UsageError(f"{name}={value!r} is not a number from 0 to {_MOST:g}; nothing was changed")
     return {name: value for name, value in found.items() if value}
 
 
