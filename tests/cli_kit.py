@@ -15,6 +15,7 @@ import termios
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple, Self
@@ -283,7 +284,10 @@ class Background:
 
     def has_open(self, name: str) -> bool:
         """Whether it has a file open whose name begins so."""
-        files = [link.readlink().name for link in Path(f"/proc/{self.process.pid}/fd").iterdir()]
+        files = []
+        for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # it was closed since it was listed
+                files.append(link.readlink().name)
         return any(file.startswith(name) for file in files)
 
     def _listen(self) -> None:
