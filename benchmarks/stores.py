@@ -394,12 +394,13 @@ class CountedDynamo(DynamoStore):
 
 
 class CountedMongo(MongoStore):
-    """Likewise."""
+    """Likewise; what an operation does inside another's is part of that, and each is one command here."""
 
     asked = 0
 
     def _opened(self) -> Any:
-        self.asked += threading.current_thread() is threading.main_thread()
+        is_outer = getattr(self._mine, "opened", None) is None
+        self.asked += is_outer and threading.current_thread() is threading.main_thread()
         return super()._opened()
 
 
