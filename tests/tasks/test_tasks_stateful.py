@@ -302,7 +302,8 @@ class Model:
         while todo:
             found = [i.name for name in todo for i in self.items.values() if i.parent == name]
             found += [i.name for name in todo for i in self.dependents(name) if dependents]
-            todo = [name for name in dict.fromkeys(found) if name not in seen]
+            live = [name for name in dict.fromkeys(found) if self.items[name].state not in ENDED]
+            todo = [name for name in live if name not in seen]
             seen |= dict.fromkeys(todo)
         ended = [self.items[name] for name in seen if "CANCELLED" in TABLE[self.items[name].state]]
         for one in ended:
