@@ -18,11 +18,9 @@ import gc
 import json
 import multiprocessing
 import os
-import shutil
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -814,22 +812,16 @@ def bench_disk(folder: Path) -> None:
 
 def main() -> int:
     """Measure everything; 1 if a count is wrong."""
-    home = Path(os.environ.get("BENCH_DIR") or ROOT / "build")
-    home.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=home))
-    begun = time.monotonic()
-    try:
-        bench_one_caller(folder)
-        bench_threads_and_tasks(folder)
-        bench_counters(folder)
-        bench_same_calls(folder)
-        bench_loop(folder)
-        bench_size(folder)
-        bench_import(folder)
-        bench_disk(folder)
-    finally:
-        shutil.rmtree(folder)
-    return TABLE.print(time.monotonic() - begun)
+    return TABLE.run(
+        bench_one_caller,
+        bench_threads_and_tasks,
+        bench_counters,
+        bench_same_calls,
+        bench_loop,
+        bench_size,
+        bench_import,
+        bench_disk,
+    )
 
 
 if __name__ == "__main__":

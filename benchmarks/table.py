@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
+ROOT = Path(__file__).resolve().parent.parent
 SHORT = os.environ.get("BENCH_SHORT", "") not in ("", "0")
 
 
@@ -52,6 +58,19 @@ class Table:
         self.lines.append(Line(what, str(found), "", "", f"= {right}", found == right))
         if found != right:
             self.wrong.append(f"{what}: {found}, not {right}")
+
+    def run(self, *benches: Callable[[Path], object]) -> int:
+        """Let each measure in a folder that is removed in the end, and print; 1 if a count is wrong."""
+        home = Path(os.environ.get("BENCH_DIR") or ROOT / "build")
+        home.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="bench-", dir=home))
+        begun = time.monotonic()
+        try:
+            for bench in benches:
+                bench(folder)
+        finally:
+            shutil.rmtree(folder)
+        return self.print(time.monotonic() - begun)
 
     def print(self, seconds: float) -> int:
         """All lines, aligned, and where they were measured; 1 if a count is wrong."""

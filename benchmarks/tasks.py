@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-import os
 import resource
-import shutil
 import sqlite3
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -331,29 +328,40 @@ def bench_replay(folder: Path) -> None:
     )
 
 
+def bench_claims_on_sqlite(folder: Path) -> None:
+    """In files of the folder."""
+    bench_claims(
+        "SQLite", lambda n: str(folder / f"ours-{n}.db"), lambda n: sqlite_table(folder / f"bare-{n}.db", n)
+    )
+
+
+def bench_claims_on_postgres(folder: Path) -> None:
+    """On the server, which needs no folder."""
+    del folder
+    server = postgres_url()
+    bench_claims("PostgreSQL", lambda _: f"{server}#{fresh_namespace()}", lambda n: postgres_table(server, n))
+
+
+def bench_chain(folder: Path) -> None:
+    """Each task waits for the one before it."""
+    bench_shape(folder, "chain", chain)
+
+
+def bench_fan(folder: Path) -> None:
+    """All wait for the first, and the last for all."""
+    bench_shape(folder, "fan", fan)
+
+
 def main() -> int:
     """Measure everything; 1 if a count is wrong."""
-    home = Path(os.environ.get("BENCH_DIR") or ROOT / "build")
-    home.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="bench-", dir=home))
-    begun = time.monotonic()
-    try:
-        bench_claims(
-            "SQLite",
-            lambda n: str(folder / f"ours-{n}.db"),
-            lambda n: sqlite_table(folder / f"bare-{n}.db", n),
-        )
-        server = postgres_url()
-        bench_claims(
-            "PostgreSQL", lambda _: f"{server}#{fresh_namespace()}", lambda n: postgres_table(server, n)
-        )
-        bench_dependents(folder)
-        bench_shape(folder, "chain", chain)
-        bench_shape(folder, "fan", fan)
-        bench_replay(folder)
-    finally:
-        shutil.rmtree(folder)
-    return TABLE.print(time.monotonic() - begun)
+    return TABLE.run(
+        bench_claims_on_sqlite,
+        bench_claims_on_postgres,
+        bench_dependents,
+        bench_chain,
+        bench_fan,
+        bench_replay,
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from ledger_tasks import operations as ops
 from ledger_tasks.book import Row, TaskStore, Wanted
 from ledger_tasks.errors import NoSuchTask
 from ledger_tasks.model import Task, at, plain
-from ledger_tasks.sql import SqlBook
+from ledger_tasks.sql import SqlBook, as_in_doc, escaped
 from ledger_tasks.states import HELD, LOST, TaskState
 from ledger_tasks.stores import tasks_of
 
@@ -568,19 +568,11 @@ def _conditions(wanted: Wanted) -> tuple[str, dict[str, Any]]:
             values[name] = one
     if wanted.parent:
         tests.append("parent <> ''")  # what the index of parts says of itself
-    for name, word in (("tag", wanted.tag and _in_json(wanted.tag)), ("text", _in_json(wanted.text)[1:-1])):
+    for name, word in (("tag", wanted.tag and as_in_doc(wanted.tag)), ("text", as_in_doc(wanted.text)[1:-1])):
         if word:
             tests.append(f"LOWER(doc) LIKE :{name} ESCAPE '\\'")
-            values[name] = f"%{_escaped(word.lower())}%"
+            values[name] = f"%{escaped(word.lower())}%"
     return "".join(f" AND {test}" for test in tests), values
-
-
-def _in_json(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
 
 
 def mentions(seen: Seen, text: str) -> bool:

@@ -41,6 +41,7 @@ from ledger_tasks.portable import (
     parse,
     sync_folder,
 )
+from ledger_tasks.sql import event_statement
 from ledger_tasks.sqlite import SqliteBook, schema
 
 T = TypeVar("T")
@@ -50,10 +51,7 @@ _KEPT: Final = 100
 #: how often all files are looked at until none changed meanwhile
 _TRIES: Final = 1_000
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
-_EVENT: Final = ("seq", *EVENT_COLUMNS, "hash")
-_INSERT_EVENT: Final = (
-    f"INSERT INTO task_events ({', '.join(_EVENT)}) VALUES ({', '.join(f':{name}' for name in _EVENT)})"
-)
+_INSERT_EVENT: Final = event_statement(":seq")
 _stores: weakref.WeakSet[JsonTaskStore] = weakref.WeakSet()
 
 

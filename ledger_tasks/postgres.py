@@ -20,17 +20,14 @@ from ledger import StoreError, UsageError
 from ledger_stores.postgres import PostgresStore, PostgresTransaction
 from ledger_tasks.book import Edge, Row, TaskStore, columns_of
 from ledger_tasks.model import EVENT_COLUMNS, TaskEvent
-from ledger_tasks.sql import _READY, _ROW, SCHEMA_VERSION, SqlBook, lane_fits, row_from
+from ledger_tasks.sql import _READY, _ROW, SCHEMA_VERSION, SqlBook, event_statement, lane_fits, row_from
 from ledger_tasks.states import ENDED, TaskState
 
 T = TypeVar("T")
 _CLOCK: Final = "SELECT :ns.now_us()"
 #: as many events have numbers in one transaction
 _MOST_EVENTS: Final = (1 << 20) - 1
-_NUMBERED_EVENT: Final = (
-    f"INSERT INTO task_events (seq, {', '.join(EVENT_COLUMNS)}, hash)"
-    f" VALUES (:ns.next_task_event(:session, :task, :n, :k), {', '.join(f':{name}' for name in EVENT_COLUMNS)}, :hash)"
-)
+_NUMBERED_EVENT: Final = event_statement(":ns.next_task_event(:session, :task, :n, :k)")
 #: what was not to be done before now; in order, and waiting for whoever does the same, who may leave some
 _OFFER_DUE: Final = (
     "UPDATE tasks SET due = 0 WHERE num IN (SELECT num FROM tasks WHERE session = :session AND state = 'pending'"

@@ -48,10 +48,18 @@ def statements(columns: Sequence[str]) -> tuple[str, str]:
 
 
 _INSERT, _UPDATE = statements(COLUMNS)
-_INSERT_EVENT: Final = (
-    f"INSERT INTO task_events ({', '.join(EVENT_COLUMNS)}, hash)"
-    f" VALUES ({', '.join(f':{name}' for name in EVENT_COLUMNS)}, :hash)"
-)
+
+
+def event_statement(number: str = "") -> str:
+    """What inserts an event; `number` is what gives its `seq` where the database does not."""
+    names = [*EVENT_COLUMNS, "hash"]
+    marks = [f":{name}" for name in names]
+    if number:
+        names, marks = ["seq", *names], [number, *marks]
+    return f"INSERT INTO task_events ({', '.join(names)}) VALUES ({', '.join(marks)})"
+
+
+_INSERT_EVENT: Final = event_statement()
 _POSTING: Final = ", ".join(Posting._fields)
 _POSTED: Final = f"SELECT {_POSTING} FROM task_deliveries WHERE session = :session"
 _PAGE: Final = 500
@@ -304,10 +312,10 @@ class SqlBook(Book):
                 values[name] = one
         if wanted.tag:  # whatever holds it anywhere: `TaskLedger.tasks` looks at the tags themselves
             tests.append("doc LIKE :tag ESCAPE '\\'")
-            values["tag"] = f"%{_escaped(_as_in_doc(wanted.tag))}%"
+            values["tag"] = f"%{escaped(as_in_doc(wanted.tag))}%"
         if wanted.text:  # as it is written too: a database may know no capitals but those of English
             tests.append("(LOWER(doc) LIKE :lower ESCAPE '\\' OR doc LIKE :text ESCAPE '\\')")
-            values["text"] = f"%{_escaped(_as_in_doc(wanted.text)[1:-1])}%"
+            values["text"] = f"%{escaped(as_in_doc(wanted.text)[1:-1])}%"
             values["lower"] = values["text"].lower()
         order = "DESC" if wanted.newest_first else "ASC"
         sql = f"SELECT {_ROW} FROM {self.source} WHERE {' AND '.join(tests)} ORDER BY {num} {order} LIMIT :limit"
@@ -379,7 +387,7 @@ class SqlBook(Book):
         }
 
 
-def _as_in_doc(text: str) -> str:
+def as_in_doc(text: str) -> str:
     """A string as it stands in a task's document."""
     return json.dumps(text, ensure_ascii=False)
 
@@ -388,7 +396,8 @@ def _of_one(wanted: Wanted, state: TaskState) -> Wanted:
     return replace(wanted, states=frozenset({state}))
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """A text as LIKE takes it literally, with a backslash as the escape."""
     return text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
 
 

@@ -9,14 +9,14 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ledger_cli.tasks import COMMANDS
 from ledger_tasks import Dep, Task, TaskLedger
 from tests.actors import eventually
-from tests.cli_kit import Background, Done, Terminal, make_shop, on_terminal, run
+from tests.cli_kit import Background, Terminal, make_shop, on_terminal, run
+from tests.tasks.cli_tasks_kit import ledger, ok
 
 ESCAPE = "\x1b"
 NASTY = "\x1b[2J\x1b]0;owned\x07 \u202e reversed \x9b31m\ttab\nline"
@@ -63,18 +63,6 @@ def tasks(db: Path) -> Iterator[TaskLedger]:
     found = TaskLedger(db, agent="boss")
     yield found
     found.close()
-
-
-def ledger(db: Path, *words: object) -> Done:
-    """Run `ledger tasks` on that ledger."""
-    return run("tasks", *words, "--db", db)
-
-
-def ok(db: Path, *words: object) -> Any:
-    """Run it with --json, without complaint; what it printed."""
-    done = ledger(db, *words, "--json")
-    assert (0, "") == (done.code, done.err)
-    return done.json
 
 
 def refused(db: Path, *words: object) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from ledger_tasks import Dep, Task, TaskLedger
-from tests.cli_kit import Done, on_terminal, run
+from tests.cli_kit import on_terminal, run
 from tests.stores.servers import postgres_url
+from tests.tasks.cli_tasks_kit import ledger, ok
 
 NASTY = "\x1b[2J\x1b]0;owned\x07 \u202e reversed \x9b31m"
 
@@ -39,18 +40,6 @@ def tasks(db: Path) -> Iterator[TaskLedger]:
     )
     yield found
     found.close()
-
-
-def ledger(db: object, *words: object) -> Done:
-    """Run `ledger tasks` on that ledger."""
-    return run("tasks", *words, "--db", db)
-
-
-def ok(db: object, *words: object) -> Any:
-    """Run it with --json, without complaint; what it printed."""
-    done = ledger(db, *words, "--json")
-    assert (0, "") == (done.code, done.err)
-    return done.json
 
 
 def ids(found: list[dict[str, Any]]) -> list[str]:
