@@ -16,7 +16,7 @@ from ledger import Record
 from ledger_tasks.book import Book, Row, Wanted
 from ledger_tasks.deliveries import workflow_of
 from ledger_tasks.metrics import Metrics, measured
-from ledger_tasks.model import Task, at, plain
+from ledger_tasks.model import Task, at, plain, task_in
 from ledger_tasks.operations import WAITS_FOR_PARTS
 from ledger_tasks.states import ENDED, HELD, LEASED, TaskState
 
@@ -30,7 +30,6 @@ SHOWN: Final = 20
 #: the newest so many tasks make the figures
 FIGURES_OF: Final = 500
 _DEPENDENCIES: Final = 50
-_TASK_WORKFLOW: Final = "task:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +127,7 @@ def _doubts(ledger: TaskLedger) -> list[Record]:
 
     calls: Any = ledger.store.calls()  # whatever keeps tasks has a store that can be looked at
     own = workflow_of(ledger.session)
-    return [r for r in reader_of(calls).doubts() if r.wf == own or r.wf.startswith(_TASK_WORKFLOW)]
+    return [r for r in reader_of(calls).doubts() if r.wf == own or task_in(r.wf)[1] == ledger.session]
 
 
 class _Look:
@@ -254,9 +253,7 @@ class _Look:
         return task.state not in ENDED and task.deadline is not None and task.deadline <= self.now
 
     def _in_doubt(self) -> Section:
-        named = frozenset(
-            r.wf.removeprefix(_TASK_WORKFLOW) for r in self.doubts if r.wf.startswith(_TASK_WORKFLOW)
-        )
+        named = frozenset(filter(None, (task_in(r.wf)[0] for r in self.doubts)))
         rows = {row.task.id: row for row in self.book.page(Wanted(ids=named), len(named))} if named else {}
         items = [item for record in self.doubts if (item := self._doubt(record, rows))]
         return Section(len(items), tuple(items[:SHOWN]))
@@ -273,8 +270,8 @@ class _Look:
                 age=age,
                 call=record.call,
             )
-        row = rows.get(record.wf.removeprefix(_TASK_WORKFLOW))
-        if row is None:  # of another session
+        row = rows.get(task_in(record.wf)[0])
+        if row is None:  # nobody's any more
             return None
         return Item(
             row.task.id,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, Final, Literal
+from urllib.parse import unquote
 
 from ledger import UsageError
 from ledger_tasks.states import ENDED, TaskState
@@ -114,6 +115,10 @@ class Task:
     not_before: datetime | None = None
     #: when it ought to be done; shown, and nothing happens by itself
     deadline: datetime | None = None
+    #: what its handler needs to know: JSON
+    payload: Any = None
+    #: how often `retry(fresh=True)` let its effects begin anew
+    scope: int = 0
     #: how often it was begun again
     retries: int = 0
     #: so many retries, one run more
@@ -154,6 +159,15 @@ class Task:
         return self.title or self.description.strip().partition("\n")[0] or self.id
 
     @property
+    def workflow(self) -> str:
+        """The guard's workflow of its tool calls, whoever runs it: `task:ID`, with what tells apart where that is not enough.
+
+        Followed by `@SESSION` outside of the session `main`, and by `#N` after the N-th `retry(fresh=True)`.
+        """
+        where = "" if self.session == "main" else f"@{_escaped(self.session)}"
+        return f"task:{_escaped(self.id)}{where}{f'#{self.scope}' if self.scope else ''}"
+
+    @property
     def ready(self) -> bool:
         """Whether nothing but its `not_before` can keep it from being claimed."""
         return self.state == TaskState.PENDING and not self.waiting
@@ -191,6 +205,19 @@ class Task:
         return cls(**dict(_read_fields(upcast(found))))
 
 
+def _escaped(name: str) -> str:
+    """A name in which no separator of a workflow stands for itself, so that two tasks never share one."""
+    return name.replace("%", "%25").replace("@", "%40").replace("#", "%23")
+
+
+def task_in(workflow: str) -> tuple[str, str]:
+    """The id and the session of the task whose tool calls are in that workflow; empty where they are no task's."""
+    if not workflow.startswith("task:"):
+        return "", ""
+    name, _, where = workflow.removeprefix("task:").partition("#")[0].partition("@")
+    return unquote(name), unquote(where) or "main"
+
+
 def _seconds(start: datetime | None, end: datetime | None) -> float | None:
     return None if start is None or end is None else (end - start).total_seconds()
 
@@ -198,7 +225,7 @@ def _seconds(start: datetime | None, end: datetime | None) -> float | None:
 #: what a user may give for a new task; the rest is what happened to it
 GIVEN: Final = (
     "id", "description", "title", "type", "priority", "tags", "parent", "depends_on", "capabilities", "not_before",
-    "deadline", "max_retries",
+    "deadline", "max_retries", "payload",
 )  # fmt: skip
 _TIMES: Final = frozenset(f.name for f in fields(Task) if str(f.type) == "datetime | None")
 _NAMES: Final = tuple(f.name for f in fields(Task) if f.compare)
@@ -283,6 +310,8 @@ def checked(task: Task) -> Task:
     given["tags"] = _words(task.tags, f"tags of task {task.id!r}")
     given["capabilities"] = tuple(sorted(set(_words(task.capabilities, f"capabilities of task {task.id!r}"))))
     given |= {name: moment(given[name]) for name in ("not_before", "deadline")}
+    if task.payload is not None:
+        to_json(task.payload, f"the payload of task {task.id!r}")
     return Task(**given)
 
 

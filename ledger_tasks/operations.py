@@ -611,8 +611,13 @@ def record(
 # -- moving: what anybody does --
 
 
-def retry(book: Book, task_id: str, who: Who, reason: str, expected: int | None = None) -> Change:
-    """FAILED or DEAD back to PENDING. Where no retry is left a reason is needed, and the count begins anew."""
+def retry(
+    book: Book, task_id: str, who: Who, reason: str, expected: int | None = None, *, fresh: bool = False
+) -> Change:
+    """FAILED or DEAD back to PENDING. Where no retry is left a reason is needed, and the count begins anew.
+
+    `fresh`: in a new scope, where none of the effects of earlier runs is replayed or blocks.
+    """
     row = find(book, task_id)
     if who.repeats("retry", row):
         return Change(row, [])
@@ -640,7 +645,11 @@ def retry(book: Book, task_id: str, who: Who, reason: str, expected: int | None 
             data={"implied": True},
         )
         events.append(event)
-    fields = {"retries": task.retries + 1 if is_left else 0, "not_before": None, "progress": 0.0}
+    fields: dict[str, Any] = {
+        "retries": task.retries + 1 if is_left else 0, "not_before": None, "progress": 0.0
+    }  # fmt: skip
+    if fresh:
+        fields |= {"scope": task.scope + 1, "checkpoint": None, "checkpoint_at": None}
     after, event = stepped(
         row, "moved", moment=book.now, actor=who.actor, op=who.asks("retry"), to=_S.PENDING, why=reason or "retried",
         source=who.source, fields=fields,
@@ -720,6 +729,9 @@ def _parts(book: Book, task_id: str) -> list[Row]:
 # -- recovery --
 
 
+#: how often a begun task with `max_retries=0` goes back after its holder fell silent. Its failures are nobody's to
+#: try again, but the death of a worker says nothing of the task; one that kills whoever takes it must end all the same
+TAKEOVERS: Final = 3
 #: how many lapsed tasks one transaction brings back
 RECOVER_AT_ONCE: Final = 100
 
@@ -742,9 +754,10 @@ def _bring_back(book: Book, row: Row, who: Who) -> Row:
     fields: dict[str, Any] = {}
     to = _S.PENDING
     if task.state == _S.ACTIVE:  # a run was begun: it counts
+        limit = task.max_retries or TAKEOVERS
         fields = {"retries": task.retries + 1}
-        if task.retries >= task.max_retries:
-            to, fields, why = _S.DEAD, {}, f"{why}; its {task.max_retries} retries are used up"
+        if task.retries >= limit:
+            to, fields, why = _S.DEAD, {}, f"{why}; its {limit} retries are used up"
     after, event = stepped(
         row, "moved", moment=book.now, actor=who.actor, op="recover", to=to, why=why, source=who.source, fields=fields,
         adds={"errors": _error(book, who.actor, why)},

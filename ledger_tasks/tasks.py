@@ -536,10 +536,16 @@ class TaskLedger:
         ).row.task
 
     def retry(
-        self, task: Named, reason: str = "", *, actor: str | None = None, expected_version: int | None = None
-    ) -> Task:
-        """FAILED or DEAD → PENDING. Where no retry is left, a reason is needed and the count begins anew."""
-        return self._write(ops.retry, _id_of(task), self._who(actor), reason, expected_version).row.task
+        self, task: Named, reason: str = "", *, fresh: bool = False, actor: str | None = None,
+        expected_version: int | None = None,
+    ) -> Task:  # fmt: skip
+        """FAILED or DEAD → PENDING. Where no retry is left, a reason is needed and the count begins anew.
+
+        Effects of earlier runs are replayed, not done again, unless `fresh`: then its workflow is a new one and its
+        checkpoint is gone, and every tool runs again.
+        """
+        who = self._who(actor)
+        return self._write(ops.retry, _id_of(task), who, reason, expected_version, fresh=fresh).row.task
 
     def cancel(
         self, task: Named, reason: str = "", *, dependents: bool = False, actor: str | None = None,

@@ -37,7 +37,7 @@ from ledger_tasks.errors import (
     TaskError,
 )
 from ledger_tasks.model import Claim, Dep, Task, TaskEvent, apply, at, dependencies_from, hash_of
-from ledger_tasks.operations import WAITS_FOR_PARTS
+from ledger_tasks.operations import TAKEOVERS, WAITS_FOR_PARTS
 from ledger_tasks.states import ENDED, FINAL, HELD, LEASED, LOST, NEXT, TaskState
 from ledger_tasks.tasks import TaskLedger
 
@@ -139,6 +139,12 @@ def begun(tasks: TaskLedger, task_id: str, agent: str = "holder") -> Claim:
     return claim
 
 
+def begun_last(tasks: TaskLedger, task_id: str) -> Claim:
+    """A task with one retry, begun again after it failed once: nothing is left after this run."""
+    tasks.fail(begun(tasks, task_id), "x", retry_in=0)
+    return begun(tasks, task_id)
+
+
 def finished(tasks: TaskLedger, task_id: str, result: Any = None) -> Task:
     """A free task claimed, begun and completed."""
     return tasks.complete(begun(tasks, task_id), result)
@@ -219,7 +225,7 @@ def _faults_of_row(row: Row) -> Iterator[str]:
         yield f"{task.id}: {task.state.name} with a lease"
     if (task.completed_at is not None) != (task.state in ENDED):
         yield f"{task.id}: {task.state.name}, and completed at {task.completed_at}"
-    if not 0 <= task.retries <= task.max_retries:
+    if not 0 <= task.retries <= (task.max_retries or TAKEOVERS):
         yield f"{task.id}: {task.retries} retries of {task.max_retries}"
 
 
@@ -833,28 +839,34 @@ class TaskConformance:
         assert [("a", _S.PENDING, 0, "")] == [(t.id, t.state, t.retries, t.assignee) for t in back]
         assert ("holder" in back[0].reason, False) == (True, tasks.heartbeat(claim))
 
-    @pytest.mark.parametrize(("limit", "end"), [(0, _S.DEAD), (1, _S.PENDING)])
+    @pytest.mark.parametrize(("limit", "lapses"), [(0, 3), (1, 1)])
     def test_a_lapsed_run_counts(
-        self, tasks: TaskLedger, store: TaskStore, clock: FakeClock, limit: int, end: TaskState
+        self, tasks: TaskLedger, store: TaskStore, clock: FakeClock, limit: int, lapses: int
     ) -> None:
-        """What was begun is begun again while retries are left, and is DEAD when there are none."""
+        """What was begun is begun again while retries are left (without a limit, three times), and then is DEAD."""
         tasks.add_task("a", max_retries=limit)
-        begun(tasks, "a")
-        self.advance(store, clock, self.lease * 1.01)
+        states = []
 
-        tasks.recover()
+        for _ in range(lapses + 1):
+            begun(tasks, "a")
+            self.advance(store, clock, self.lease * 1.01)
+            tasks.recover()
+            states.append(tasks.get("a").state)
 
         found = tasks.get("a")
-        assert (end, limit) == (found.state, found.retries)
+        assert [*[_S.PENDING] * lapses, _S.DEAD] == states
+        assert (lapses, lapses + 1) == (found.retries, len(found.errors))
         assert "silent" in found.reason
-        assert 1 == len(found.errors)
+        assert f"its {lapses} retries are used up" in found.reason
 
     def test_a_lapsed_task_is_claimed_without_asking_for_recovery(
         self, tasks: TaskLedger, store: TaskStore, clock: FakeClock
     ) -> None:
         """Who finds nothing free gets what a dead agent left, and what was waiting for that."""
-        tasks.add_tasks([Task("left"), Task("lost"), Task("after", depends_on=(Dep("lost", "run"),))])
-        begun(tasks, "lost")
+        tasks.add_tasks(
+            [Task("left"), Task("lost", max_retries=1), Task("after", depends_on=(Dep("lost", "run"),))]
+        )
+        begun_last(tasks, "lost")
         claimed(tasks, "left")
         assert None is tasks.claim_next("other")
         self.advance(store, clock, self.lease * 1.01)
@@ -867,8 +879,8 @@ class TaskConformance:
         self, tasks: TaskLedger, store: TaskStore, clock: FakeClock
     ) -> None:
         """Also when nothing that lapsed can be done again, what runs all the same is found at once."""
-        tasks.add_tasks([Task("lost"), Task("after", depends_on=(Dep("lost", "run"),))])
-        begun(tasks, "lost")
+        tasks.add_tasks([Task("lost", max_retries=1), Task("after", depends_on=(Dep("lost", "run"),))])
+        begun_last(tasks, "lost")
         self.advance(store, clock, self.lease * 1.01)
 
         claim = tasks.claim_next("other")
@@ -1035,7 +1047,7 @@ class TaskConformance:
         self, tasks: TaskLedger, store: TaskStore, clock: FakeClock, policy: Any, end: TaskState, loss: str
     ) -> None:
         """However a dependency is lost, what waits for it is SKIPPED or FAILED, and so on down the chain."""
-        tasks.add_task("a", max_retries=int(loss == "die"))
+        tasks.add_task("a", max_retries=int(loss in ("die", "lapse")))
         tasks.add_tasks(
             [Task("b", depends_on=(Dep("a", policy),)), Task("c", depends_on=(Dep("b", policy),))]
         )
@@ -1054,14 +1066,40 @@ class TaskConformance:
         if loss == "cancel":
             tasks.cancel("a")
             return
-        claim = begun(tasks, "a")
         if loss == "lapse":
+            begun_last(tasks, "a")
             self.advance(store, clock, self.lease * 1.01)
             tasks.recover()
+        elif loss == "die":
+            tasks.fail(begun_last(tasks, "a"), "x")
         else:
-            tasks.fail(claim, "x", retry_in=0)
-        if loss == "die":
             tasks.fail(begun(tasks, "a"), "x")
+
+    def test_a_fresh_retry_begins_a_new_scope(self, tasks: TaskLedger) -> None:
+        """Its effects begin anew under another workflow, without the checkpoint; a usual retry keeps both."""
+        tasks.add_task("a", payload={"order": [1]})
+        scopes = []
+        for fresh in (False, True, True):
+            claim = begun(tasks, "a")
+            tasks.checkpoint(claim, "half")
+            tasks.fail(claim, "x")
+            again = tasks.retry("a", "once more", fresh=fresh)
+            scopes.append((again.scope, again.checkpoint, again.workflow == claim.task.workflow))
+
+        assert [(0, "half", True), (1, None, False), (2, None, False)] == scopes
+        assert {"order": [1]} == tasks.get("a").payload
+        assert tasks.verify().ok
+
+    def test_no_two_tasks_share_a_workflow(self, tasks: TaskLedger) -> None:
+        """Whatever their ids and sessions are, the effects of one are never taken for those of another."""
+        names = ["a", "a@b", "a#1", "a%40b"]
+        ledgers = [tasks.in_session(name) for name in ("main", "b", "b#1")]
+        for one in ledgers:
+            one.add_tasks([Task(name) for name in names])
+
+        found = [task.workflow for one in ledgers for task in one.tasks()]
+
+        assert len(found) == len(set(found))
 
     def test_a_failure_with_a_retry_left_loses_nobody(self, tasks: TaskLedger) -> None:
         """While a dependency will be tried again, what waits for it waits."""

@@ -219,18 +219,13 @@ class Whole(NamedTuple):
         }
 
 
-def workflow_of(task: Task) -> str:
-    """The workflow in which a worker runs the guarded calls of a task."""
-    return f"task:{task.id}"
-
-
 def whole_of(request: Request, opened: Opened, reader: TaskReader) -> Whole:
     """One task with what is around it. Raises `NoSuchTask`."""
     row = reader.row(*named(request))
     task = row.task
     before, after = reader.neighbours(row.num, _NEIGHBOURS)
     events = reader.events(task.session, task.id, _EVENTS, count_of(request, "before", 0, _MOST_EVENT))
-    calls = opened.reader.calls(Filter(wf=workflow_of(task)), limit=_CALLS, seconds=SEARCH_SECONDS).records
+    calls = opened.reader.calls(Filter(wf=task.workflow), limit=_CALLS, seconds=SEARCH_SECONDS).records
     earlier = events[-1].n - 1 if events else 0
     return Whole(Seen(row.num, task), row.until, before, after, events, earlier, calls)
 

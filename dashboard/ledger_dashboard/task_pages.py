@@ -27,7 +27,6 @@ from ledger_dashboard.task_api import (
     timeline_of,
     wanted_of,
     whole_of,
-    workflow_of,
 )
 from ledger_tasks import NEXT, Task, TaskState
 from ledger_tasks.book import Wanted
@@ -142,7 +141,7 @@ async def get_task(request: Request) -> Response:
         return {
             "found": found,
             "task": task,
-            "wf": workflow_of(task),
+            "wf": task.workflow,
             "offers": _offers(task),
             "before": [
                 pair for pair in found.before if pair[0].task.parent != task.id

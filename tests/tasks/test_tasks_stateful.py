@@ -315,7 +315,7 @@ class Model:
     def recover(self) -> list[str]:
         found = self.lapsed()
         for item in (self.items[name] for name in found):
-            if item.state == "ASSIGNED" or item.retries < item.limit:
+            if item.state == "ASSIGNED" or item.retries < (item.limit or 3):
                 item.retries += item.state == "ACTIVE"
                 self.to(item, "PENDING", ("recover", 0, ""))
             else:
