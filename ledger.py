@@ -29,6 +29,7 @@ Copy this file; it needs only Python 3.11 or newer.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import contextvars
 import functools
 import hashlib
@@ -39,7 +40,7 @@ import sys
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from enum import Enum, StrEnum
@@ -72,7 +73,7 @@ __all__ = [
     "NOT_DONE", "STILL_UNKNOWN", "Current", "Guard", "InDoubt", "InProgress", "KeyConflict", "LedgerError",
     "MemoryStore", "NotPerformed", "Outcome", "Policy", "PolicyError", "PolicyOptions", "Record", "Scope",
     "SqliteStore", "Status", "Store", "StoreError", "UnstableArgument", "UsageError", "at", "current",
-    "guard", "idempotency_key", "known_suspends", "tell_model",
+    "guard", "idempotency_key", "known_suspends", "replaying", "tell_model",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -3661,7 +3662,51 @@ class _Reply(NamedTuple):
 #: what an attempt asks its driver to do: (what, argument)
 _Step = tuple[Literal["transact", "rows", "look", "wait", "run", "user"], Any]
 
+#: what every guard's variable for its workflow is called
+_SCOPE: Final = "ledger_wf"
 _running: contextvars.ContextVar[tuple[_Attempt, ...]] = contextvars.ContextVar("ledger_running", default=())
+
+
+class _Replay:
+    """A block of `replaying`, and how often each call was made in it."""
+
+    __slots__ = ("_made", "check", "workflow")
+
+    def __init__(self, workflow: str, check: Callable[[], object] | None) -> None:
+        self.workflow, self.check = workflow, check
+        self._made: Counter[str] = Counter()
+
+    def count(self, call: str) -> int:
+        self._made[call] += 1
+        return self._made[call]
+
+
+_replaying: contextvars.ContextVar[_Replay | None] = contextvars.ContextVar("ledger_replay", default=None)
+
+
+@contextlib.contextmanager
+def replaying(workflow: str, *, check: Callable[[], object] | None = None) -> Iterator[None]:
+    """`with replaying("order 17")`: a program that begins again from its top gets the results that it got first.
+
+    Every guard's calls in the block belong to that workflow, unless a `guard.workflow` inside says otherwise, and those
+    that had succeeded are answered with their results: the n-th of equal calls with that of the n-th. What may not
+    or cannot be recorded is blocked, what is unlimited runs again. Like `workflow`, it holds for this thread or task
+    and the tasks it starts. `check` is called before each call; what it raises is raised there, and nothing runs.
+    Raises `UsageError` for an empty name.
+    """
+    if not isinstance(workflow, str) or not workflow:
+        raise UsageError(f"{workflow!r} names no workflow; give a text that is not empty; nothing ran")
+    # what a guard's own workflow said outside holds no longer, what it says inside does
+    outside = [(v, value) for v, value in contextvars.copy_context().items() if v.name == _SCOPE and value]
+    for variable, _ in outside:
+        variable.set(None)
+    before = _replaying.set(_Replay(workflow, check))
+    try:
+        yield
+    finally:
+        _replaying.reset(before)
+        for variable, value in outside:
+            variable.set(value)
 
 
 def current() -> Current | None:
@@ -3685,8 +3730,8 @@ class _Attempt:
     """One attempt at a call. `steps` is its life, once for sync and async: it yields what takes time."""
 
     __slots__ = (
-        "__weakref__", "args", "around", "bound", "claim", "current", "ending", "entered", "guard", "is_new",
-        "kwargs", "open", "pid", "policy", "run", "sent", "settled", "shown", "store", "tool", "waited",
+        "__weakref__", "again", "args", "around", "bound", "claim", "current", "ending", "entered", "guard",
+        "is_new", "kwargs", "open", "pid", "policy", "run", "sent", "settled", "shown", "store", "tool", "waited",
     )  # fmt: skip
 
     def __init__(
@@ -3696,6 +3741,8 @@ class _Attempt:
         self.guard, self.tool, self.policy, self.claim = guard, tool, tool.policy, claim
         self.args, self.kwargs, self.bound = args, kwargs, bound
         self.store = guard._opened or guard._open()
+        #: the block of `replaying` that it is made in
+        self.again = _replaying.get()
         self.run = 0
         #: a claim was sent and its run is not settled yet; the tool was entered; a live run was waited for
         self.open = self.entered = self.waited = False
@@ -3737,6 +3784,10 @@ class _Attempt:
         self._prepare()
         if self.policy.unlimited:
             return (yield from self._unlimited())
+        if self.again and not self.policy.simple and not self.claim.forced:
+            reply = yield from self._repeated(self.again.count(self.claim.call))
+            if reply is not None:
+                return reply
         deadline = time.monotonic() + self.policy.wait
         looks = not self.store.judges_in_claim
         rows: list[Run] = (yield ("rows", None)) if looks and not self.is_new else []
@@ -3750,6 +3801,22 @@ class _Attempt:
             if reply is not None:
                 return reply
             rows = (yield ("rows", None)) if looks else []
+
+    @property
+    def _replays(self) -> bool:
+        return self.policy.replay or self.again is not None
+
+    def _repeated(self, nth: int) -> Generator[_Step, Any, _Reply | None]:
+        """What the n-th such call had come to, when the program went through here before; None if it had not.
+
+        A policy that lets a call run more than once says nothing of one that is made again from a checkpoint.
+        """
+        rows: list[Run] = yield ("rows", None)
+        done = [row for row in rows if row.succeeded_since(-1)]
+        if len(done) < nth:
+            return None
+        yield from self._refuse_mismatch(done[nth - 1])
+        return (yield from self._answer_done(done[nth - 1].run, done[nth - 1].result))
 
     def _claim(self) -> Generator[_Step, Any, Verdict]:
         self.sent = time.monotonic()
@@ -3780,7 +3847,7 @@ class _Attempt:
             raise (yield from self._in_doubt(record._replace(in_doubt=True)))
         if self.claim.forced:
             yield ("look", functools.partial(self.guard._refuse_live, self, verdict, "run"))
-        if not self.policy.replay:
+        if not self._replays:
             return (yield from self._answer_blocked(row.run, "is running"))
         own = any(a.claim.token == row.owner for a in _running.get())
         left = deadline - time.monotonic()
@@ -3978,7 +4045,7 @@ class _Attempt:
 
     def _answer_done(self, run: int, result: str | None) -> Generator[_Step, Any, _Reply]:
         """The recorded result, or that it was done."""
-        if not self.policy.replay or result is None:
+        if not self._replays or result is None:
             return (yield from self._answer_blocked(run, "already done"))
         yield from self._count(run)
         if not self.guard._is_quiet():
@@ -4229,7 +4296,7 @@ class Guard:
         self._tools: weakref.WeakKeyDictionary[Any, _Tool] = weakref.WeakKeyDictionary()
         #: by what they are told of: the end of a run, or an attempt that was blocked
         self._callbacks: dict[str, list[Callback]] = {}
-        self._scope: contextvars.ContextVar[str | None] = contextvars.ContextVar("ledger_wf", default=None)
+        self._scope: contextvars.ContextVar[str | None] = contextvars.ContextVar(_SCOPE, default=None)
         self._who: contextvars.ContextVar[str | None] = contextvars.ContextVar("ledger_caller", default=None)
         self._main_scope: str | None = None
         self._main_who: str | None = None
@@ -4342,7 +4409,10 @@ class Guard:
             self._apply_policy(tool)
         policy = tool.policy
         bound = tool.bind(args, kwargs)
-        wf = self._scope.get() or self._main_scope or self._default_workflow()
+        again = _replaying.get()
+        if again is not None and again.check is not None:
+            again.check()
+        wf = self._scope.get() or (again.workflow if again else self._main_scope) or self._default_workflow()
         form, shown_key = self._identity(tool, key, bound)
         receiver = self._receiver_form(tool, bound[tool.receiver]) if tool.receiver else "null"
         text = f"[{_quote(_FORM_VERSION)},{_quote(tool.name)},{_quote(wf)},{receiver},{form}]"

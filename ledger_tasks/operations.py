@@ -403,33 +403,49 @@ def add_dependency(book: Book, task_id: str, dep: Dep, who: Who, expected: int |
 
 
 def claim_next(
-    book: Book, who: Who, lease: float, capabilities: Sequence[str] | None, types: Sequence[str] | None
-) -> Row | None:
-    """The most urgent task that this agent may do; None if there is none. `who.token` becomes the claim."""
+    book: Book, who: Who, lease: float, capabilities: Sequence[str] | None, types: Sequence[str] | None,
+    *, start: bool = False,
+) -> Row | None:  # fmt: skip
+    """The most urgent task that this agent may do; None if there is none. `who.token` becomes the claim.
+
+    `start`: it is begun, too.
+    """
     if book.again and (mine := book.claimed(who.token)):
         return mine
     row = book.first(capabilities, types)
-    return None if row is None else _claim(book, row, who, lease)
+    return None if row is None else _claim(book, row, who, lease, start=start)
 
 
-def claim_task(book: Book, task_id: str, who: Who, lease: float) -> Row | None:
-    """That task; None if somebody else has it, or it cannot be begun now."""
+def claim_task(book: Book, task_id: str, who: Who, lease: float, *, start: bool = False) -> Row | None:
+    """That task, begun if `start` says so; None if somebody else has it, or it cannot be begun now."""
     if book.again and (mine := book.claimed(who.token)):
         return mine
     row = find(book, task_id)
     if book.again and row.claim == who.token:  # the first try was just being committed
         return row
     is_free = row.task.ready and micros_of(row.task.not_before) <= book.now
-    return _claim(book, row, who, lease) if is_free else None
+    return _claim(book, row, who, lease, start=start) if is_free else None
 
 
-def _claim(book: Book, row: Row, who: Who, lease: float) -> Row:
+def _claim(book: Book, row: Row, who: Who, lease: float, *, start: bool) -> Row:
     after, event = stepped(
         row, "moved", moment=book.now, actor=who.actor, op=who.asks("claim"), to=_S.ASSIGNED, source=who.source,
         fields={"assignee": who.actor}, data={"lease": lease},
     )  # fmt: skip
     after = book.leased(replace(after, claim=who.token, lease=lease))
-    book.save(after, [event])
+    events = [event]
+    if start:
+        after, event = stepped(
+            after,
+            "moved",
+            moment=book.now,
+            actor=who.actor,
+            op=who.asks("start"),
+            to=_S.ACTIVE,
+            source=who.source,
+        )
+        events.append(event)
+    book.save(after, events)
     return after
 
 
@@ -578,11 +594,14 @@ def backoff(retries: int) -> float:
     return float(min(300.0, 2.0**retries) * (1 + random.random() / 10))  # noqa: S311 - spreads load, guards nothing
 
 
-def release(book: Book, task_id: str, who: Who, why: str = "", expected: int | None = None) -> Change:
-    """Give it back, undone: PENDING, and no retry is counted."""
+def release(
+    book: Book, task_id: str, who: Who, why: str = "", expected: int | None = None, *, retry_in: float = 0.0
+) -> Change:
+    """Give it back, undone: PENDING, not before `retry_in` seconds, and no retry is counted."""
+    later = {"not_before": at(book.now + int(retry_in * 1e6))} if retry_in else None
     return move(
         book, task_id, who, "release", _S.PENDING, held=True, expected=expected, why=why or "released",
-        start=(_S.ASSIGNED, _S.ACTIVE),
+        start=(_S.ASSIGNED, _S.ACTIVE), fields=later,
     )  # fmt: skip
 
 

@@ -299,20 +299,22 @@ class TaskLedger:
     # -- claiming --
 
     def claim_task(
-        self, task: Named, agent: str | None = None, *, lease: float | None = None
+        self, task: Named, agent: str | None = None, *, lease: float | None = None, start: bool = False
     ) -> Claim | None:
-        """Claim that task; None if somebody else has it or it cannot be begun now."""
-        return self._claimed(ops.claim_task, agent, lease, _id_of(task))
+        """Claim that task, and begin it if `start` says so; None if somebody else has it or it cannot be begun now."""
+        return self._claimed(ops.claim_task, agent, lease, _id_of(task), start=start)
 
     def claim_next(
         self, agent: str | None = None, *, capabilities: Sequence[str] | None = (), types: Sequence[str] | None = None,
-        lease: float | None = None,
+        lease: float | None = None, start: bool = False,
     ) -> Claim | None:  # fmt: skip
         """Claim the most urgent task that can be begun and needs nothing beyond these capabilities (None: whatever it needs).
 
-        None if there is none, also after what dead agents left has been brought back.
+        None if there is none, also after what dead agents left has been brought back. `start`: begin it at once.
         """
-        options = {"capabilities": _several(capabilities, "capabilities"), "types": _several(types, "types")}
+        options: dict[str, Any] = {
+            "capabilities": _several(capabilities, "capabilities"), "types": _several(types, "types"), "start": start,
+        }  # fmt: skip
         claim = self._claimed(ops.claim_next, agent, lease, **options)
         if claim is None and self._has_lapsed():
             self.recover()  # what is DEAD by that may have freed others
@@ -346,11 +348,14 @@ class TaskLedger:
         return self._write(ops.heartbeat, claim.id, self._who(claim=claim), durable=False)
 
     def release(
-        self, task: Named, reason: str = "", *, agent: str | None = None, expected_version: int | None = None
-    ) -> Task:
-        """Give a task back undone; it is PENDING again, and no retry is counted."""
+        self, task: Named, reason: str = "", *, retry_in: float = 0.0, agent: str | None = None,
+        expected_version: int | None = None,
+    ) -> Task:  # fmt: skip
+        """Give a task back undone; it is PENDING again, not before `retry_in` seconds, and no retry is counted."""
+        _refuse_pause(retry_in)
+        who = self._holder(task, agent)
         return self._write(
-            ops.release, _id_of(task), self._holder(task, agent), reason, expected_version
+            ops.release, _id_of(task), who, reason, expected_version, retry_in=retry_in
         ).row.task
 
     # -- what its holder does --
@@ -439,10 +444,8 @@ class TaskLedger:
         self, task: Named, error: str, agent: str | None, retry_in: float | None, usage: dict[str, Any],
         expected: int | None, *, route: bool = False,
     ) -> Change:  # fmt: skip
-        if retry_in is not None and not 0 <= retry_in <= LONGEST:
-            raise UsageError(
-                f"retry_in={retry_in!r} is not a number of seconds from 0 to {LONGEST:g}; nothing was changed"
-            )
+        if retry_in is not None:
+            _refuse_pause(retry_in)
         options: dict[str, Any] = {"usage": usage, "retry_in": retry_in, "expected": expected, "route": route}
         return self._write(ops.fail, _id_of(task), self._holder(task, agent), error, **options)
 
@@ -723,6 +726,13 @@ class TaskLedger:
 
     def _holder(self, task: Named, agent: str | None) -> Who:
         return self._who(agent, task if isinstance(task, Claim) else None)
+
+
+def _refuse_pause(retry_in: float) -> None:
+    if not 0 <= retry_in <= LONGEST:
+        raise UsageError(
+            f"retry_in={retry_in!r} is not a number of seconds from 0 to {LONGEST:g}; nothing was changed"
+        )
 
 
 def is_due(book: Book, row: Row) -> bool:

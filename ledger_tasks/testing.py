@@ -822,6 +822,26 @@ class TaskConformance:
 
         self.refused(tasks, UsageError, lambda: tasks.fail(claim, "x", retry_in=pause))
 
+    def test_what_is_given_back_may_rest(self, tasks: TaskLedger, store: TaskStore, clock: FakeClock) -> None:
+        """`release(retry_in=…)` offers it again later, and counts no retry."""
+        tasks.add_task("a")
+
+        back = tasks.release(begun(tasks, "a"), "the service is down", retry_in=self.lease)
+
+        assert (_S.PENDING, 0, None) == (back.state, back.retries, tasks.claim_next("other"))
+        self.advance(store, clock, self.lease * 1.01)
+        assert tasks.claim_next("other") is not None
+
+    def test_a_claim_may_begin_at_once(self, tasks: TaskLedger) -> None:
+        """`start=True` claims and begins in one step; both are events, and the claim is good for all that follows."""
+        tasks.add_tasks([Task("a"), Task("b")])
+
+        claims = [tasks.claim_next("me", start=True), tasks.claim_task("b", "me", start=True)]
+
+        assert [("a", _S.ACTIVE), ("b", _S.ACTIVE)] == [(c.id, c.task.state) for c in claims if c]
+        assert ["assigned", "active"] == [event.to_state for event in tasks.events(task="a")][1:]
+        assert all(claim and tasks.complete(claim).state == _S.DONE for claim in claims)
+
     # -- leases --
 
     def test_a_lapsed_claim_is_taken_back(
