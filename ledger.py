@@ -3686,7 +3686,7 @@ _replaying: contextvars.ContextVar[_Replay | None] = contextvars.ContextVar("led
 
 @contextlib.contextmanager
 def replaying(workflow: str, *, check: Callable[[], object] | None = None) -> Iterator[None]:
-    """`with replaying("order 17")`: a program that begins again from its top gets the results that it got first.
+    """For a program that begins again from its top: in this block its calls get the results that they got first.
 
     Every guard's calls in the block belong to that workflow, unless a `guard.workflow` inside says otherwise, and those
     that had succeeded are answered with their results: the n-th of equal calls with that of the n-th. What may not

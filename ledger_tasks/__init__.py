@@ -14,6 +14,9 @@ add up to. A claim has a lease: what a killed worker left is brought back, and i
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ledger_tasks.aio import AsyncTaskLedger
 from ledger_tasks.awareness import Awareness, Item, Section
 from ledger_tasks.deliveries import Delivery, Verdict
@@ -28,7 +31,7 @@ from ledger_tasks.errors import (
     TaskError,
 )
 from ledger_tasks.metrics import Figures, Metrics, Spread
-from ledger_tasks.model import Claim, Dep, StatusEvent, Task, TaskEvent, TaskType
+from ledger_tasks.model import Claim, Dep, StatusEvent, Task, TaskEvent, TaskType, WorkerInfo
 from ledger_tasks.states import NEXT, TaskState
 from ledger_tasks.tasks import (
     TaskLedger,
@@ -37,10 +40,55 @@ from ledger_tasks.tasks import (
     register_ledger_for_session,
 )
 
+if TYPE_CHECKING:
+    from ledger_tasks.context import AsyncTaskContext, TaskContext
+    from ledger_tasks.pacing import Breaker
+    from ledger_tasks.worker import Worker
+
 __all__ = [
-    "NEXT", "AsyncTaskLedger", "Awareness", "Claim", "Conflict", "Delivery", "Dep", "DependencyCycle",
-    "DuplicateTask", "Figures", "InvalidTransition", "Item", "Metrics", "NoSuchTask", "NotHolder",
-    "Section", "Spread", "StatusEvent", "Tampered", "Task", "TaskError", "TaskEvent", "TaskLedger",
-    "TaskState", "TaskType", "Verdict", "create_ledger_for_user_prompt", "ledger_for_session",
+    "NEXT",
+    "AsyncTaskContext",
+    "AsyncTaskLedger",
+    "Awareness",
+    "Breaker",
+    "Claim",
+    "Conflict",
+    "Delivery",
+    "Dep",
+    "DependencyCycle",
+    "DuplicateTask",
+    "Figures",
+    "InvalidTransition",
+    "Item",
+    "Metrics",
+    "NoSuchTask",
+    "NotHolder",
+    "Section",
+    "Spread",
+    "StatusEvent",
+    "Tampered",
+    "Task",
+    "TaskContext",
+    "TaskError",
+    "TaskEvent",
+    "TaskLedger",
+    "TaskState",
+    "TaskType",
+    "Verdict",
+    "Worker",
+    "WorkerInfo",
+    "create_ledger_for_user_prompt",
+    "ledger_for_session",
     "register_ledger_for_session",
 ]  # fmt: skip
+
+#: what few programs need, and what takes long to load
+_LATER = {
+    "AsyncTaskContext": "context", "Breaker": "pacing", "TaskContext": "context", "Worker": "worker",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

@@ -237,6 +237,11 @@ class AsyncTaskLedger:
     retry = _off_loop(TaskLedger.retry)
     cancel = _off_loop(TaskLedger.cancel)
 
+    # -- workers --
+
+    beat = _off_loop(TaskLedger.beat)
+    workers = _off_loop(TaskLedger.workers)
+
     # -- recovery --
 
     stale_tasks = _off_loop(TaskLedger.stale_tasks)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import ledger
 from ledger_tasks.errors import InvalidTransition
-from ledger_tasks.model import Task, TaskEvent, apply, at, hash_of, micros_of, plain, to_json
+from ledger_tasks.model import Task, TaskEvent, WorkerInfo, apply, at, hash_of, micros_of, plain, to_json
 from ledger_tasks.states import NEXT, TaskState
 
 T = TypeVar("T")
@@ -218,6 +218,16 @@ class Book(ABC):
     @abstractmethod
     def post(self, posting: Posting) -> None:
         """Keep a new delivery, or what became of one."""
+
+    # -- workers --
+
+    @abstractmethod
+    def beat(self, worker: WorkerInfo, forget: int) -> None:
+        """Keep what is known of a worker; those that were seen last before `forget` (microseconds UTC) go."""
+
+    @abstractmethod
+    def workers(self) -> list[WorkerInfo]:
+        """Those of this session, newest first."""
 
     @abstractmethod
     def sessions(self) -> dict[str, dict[str, Any]]:

@@ -30,7 +30,7 @@ from typing import Any, Final, NoReturn, TypeVar
 import ledger
 from ledger import SqliteStore, StoreError, UsageError
 from ledger_tasks.book import Row, TaskStore, Wanted, columns_of
-from ledger_tasks.model import EVENT_COLUMNS, TaskEvent
+from ledger_tasks.model import EVENT_COLUMNS, TaskEvent, WorkerInfo
 from ledger_tasks.portable import (
     Lines,
     Story,
@@ -110,6 +110,9 @@ class JsonBook(SqliteBook):
     def renew(self, row: Row) -> None:
         super().renew(row)
         self.touched[row.task.id] = row
+
+    def beat(self, worker: WorkerInfo, forget: int) -> None:
+        """Files that people keep in git do not change because somebody lives."""
 
     def _append(self, event: TaskEvent) -> None:
         self.last += 1

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 from urllib.parse import unquote
 
 from ledger import UsageError
@@ -487,6 +487,52 @@ class StatusEvent:
     req: str = ""
     stage: str = ""
     data: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """A worker as those see it that look: who and where it is, and what came of its tasks."""
+
+    #: new for each start of a worker
+    id: str
+    agent: str
+    host: str
+    pid: int
+    #: of the tasks that it takes; `*`: all
+    types: tuple[str, ...]
+    concurrency: int
+    #: tasks that ended well, and runs that failed
+    done: int = 0
+    failed: int = 0
+    #: it said that it ends
+    ended: bool = False
+    started_at: datetime | None = None
+    seen_at: datetime | None = None
+    #: seen lately, and not ended
+    alive: bool = True
+    #: ids of the tasks that its agent has
+    doing: tuple[str, ...] = ()
+
+    #: seconds between two of its signs of life; after three without one it is taken for dead
+    EVERY: ClassVar[float] = 5.0
+
+    @property
+    def success_rate(self) -> float | None:
+        """Of the runs that ended, 0 to 1; None before the first."""
+        runs = self.done + self.failed
+        return self.done / runs if runs else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values only."""
+        kept = {f.name: plain(getattr(self, f.name)) for f in fields(self)}
+        return {**kept, "success_rate": self.success_rate}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> WorkerInfo:
+        """What `to_dict` gave."""
+        known = {f.name: found[f.name] for f in fields(cls) if f.name in found}
+        times = {name: moment(known.get(name)) for name in ("started_at", "seen_at")}
+        return cls(**{**known, **times, "types": tuple(known["types"]), "doing": ()})
 
 
 def fraction(value: float) -> float:

@@ -10,6 +10,7 @@ import random
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 from ledger_tasks.book import Book, Edge, Row, Wanted, born, stepped
@@ -22,7 +23,7 @@ from ledger_tasks.errors import (
     NotHolder,
     TaskError,
 )
-from ledger_tasks.model import Dep, Task, TaskEvent, at, micros_of
+from ledger_tasks.model import Dep, Task, TaskEvent, WorkerInfo, at, micros_of
 from ledger_tasks.states import ENDED, HELD, LEASED, LOST, NEXT, TaskState, path
 
 #: why a task that has parts is BLOCKED; it goes on by itself when they are done
@@ -743,6 +744,33 @@ def _parts(book: Book, task_id: str) -> list[Row]:
         found += page
         after = page[-1].num
     return found
+
+
+# -- workers --
+
+
+#: how long a worker that was seen last is remembered
+_REMEMBERED: Final = 7 * 86400 * 1_000_000
+
+
+def beat(book: Book, worker: WorkerInfo) -> WorkerInfo:
+    """A worker lives, by the store's clock; at its first word, those that were seen long ago are forgotten."""
+    now = at(book.now)
+    kept = replace(worker, started_at=worker.started_at or now, seen_at=now)
+    book.beat(kept, book.now - _REMEMBERED if worker.started_at is None else 0)
+    return kept
+
+
+def workers(book: Book) -> list[WorkerInfo]:
+    """Those that were seen lately, newest first, with what they are doing."""
+    silent = at(book.now - int(3e6 * WorkerInfo.EVERY))
+    return [_as_seen(book, worker, silent) for worker in book.workers()]
+
+
+def _as_seen(book: Book, worker: WorkerInfo, silent: datetime) -> WorkerInfo:
+    alive = not worker.ended and worker.seen_at is not None and worker.seen_at > silent
+    held = book.page(Wanted(states=frozenset(LEASED), assignee=worker.agent), 100) if alive else ()
+    return replace(worker, alive=alive, doing=tuple(row.task.id for row in held))
 
 
 # -- recovery --

@@ -291,7 +291,7 @@ class PostgresWork(PostgresBook):
 def _in_our_words(sql: str) -> str:
     """A statement of the common SQL as our schema has it, where the server's clock is `now`."""
     sql = re.sub(r":now\b", "(SELECT :ns.now_us())", sql)
-    names = "tasks|whole_tasks|task_deps|task_events|certain_task_events|task_sessions|task_deliveries|meta"
+    names = "tasks|whole_tasks|task_deps|task_events|certain_task_events|task_sessions|task_workers|task_deliveries|meta"
     return re.sub(rf"\b(FROM|JOIN|INTO|UPDATE) ({names})\b", r"\1 :ns.\2", sql)
 
 

@@ -103,6 +103,13 @@ CREATE VIEW :ns.certain_task_events AS
    WHERE seq < (pg_snapshot_xmin(pg_current_snapshot())::text::bigint - :ns.task_base()) << 24;
 
 CREATE TABLE :ns.task_sessions (session text COLLATE "C" PRIMARY KEY, about text NOT NULL DEFAULT '{}');
+CREATE TABLE :ns.task_workers (
+  id text COLLATE "C" PRIMARY KEY,
+  session text COLLATE "C" NOT NULL,
+  started bigint NOT NULL,
+  seen bigint NOT NULL,
+  about text NOT NULL);
+CREATE INDEX workers_by_age ON :ns.task_workers (session, started);
 CREATE TABLE :ns.task_deliveries (
   num bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
   session text COLLATE "C" NOT NULL,

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 from ledger_tasks.book import Book, Edge, Posting, Row, Wanted, by_urgency, columns_of
-from ledger_tasks.model import EVENT_COLUMNS, Task, TaskEvent, at, compact, micros_of
+from ledger_tasks.model import EVENT_COLUMNS, Task, TaskEvent, WorkerInfo, at, compact, micros_of
 from ledger_tasks.states import ENDED, LOST, TaskState
 
 SCHEMA_VERSION: Final = 1
@@ -379,6 +379,24 @@ class SqlBook(Book):
         marks = ", ".join(f":{name}" for name in names)
         sql = f"INSERT INTO task_deliveries ({', '.join(names)}) VALUES ({marks})"
         self.do(sql, session=self.session, **values)
+
+    # -- workers --
+
+    def beat(self, worker: WorkerInfo, forget: int) -> None:
+        if forget:
+            sql = "DELETE FROM task_workers WHERE session = :session AND seen < :forget"
+            self.do(sql, session=self.session, forget=forget)
+        sql = (
+            "INSERT INTO task_workers (id, session, started, seen, about) VALUES (:id, :session, :started, :seen, :about)"
+            " ON CONFLICT (id) DO UPDATE SET seen = excluded.seen, about = excluded.about"
+        )
+        times = {"started": micros_of(worker.started_at), "seen": micros_of(worker.seen_at)}
+        self.do(sql, id=worker.id, session=self.session, about=compact(worker.to_dict()), **times)
+
+    def workers(self) -> list[WorkerInfo]:
+        sql = "SELECT about FROM task_workers WHERE session = :session ORDER BY started DESC, id LIMIT :limit"
+        found = self.do(sql, session=self.session, limit=_PAGE)
+        return [WorkerInfo.from_dict(json.loads(about)) for (about,) in found]
 
     def sessions(self) -> dict[str, dict[str, Any]]:
         return {

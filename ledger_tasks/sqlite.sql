@@ -67,6 +67,13 @@ WHEN EXISTS (SELECT 1 FROM task_events WHERE seq = NEW.seq)
   SELECT RAISE(ABORT, 'events of tasks are never replaced');
 END;
 CREATE TABLE task_sessions (session TEXT PRIMARY KEY, about TEXT NOT NULL DEFAULT '{}') WITHOUT ROWID;
+CREATE TABLE task_workers (
+  id TEXT PRIMARY KEY,
+  session TEXT NOT NULL,
+  started INTEGER NOT NULL,
+  seen INTEGER NOT NULL,
+  about TEXT NOT NULL) WITHOUT ROWID;
+CREATE INDEX workers_by_age ON task_workers (session, started);
 CREATE TABLE task_deliveries (
   num INTEGER PRIMARY KEY,
   session TEXT NOT NULL,

@@ -29,6 +29,7 @@ from ledger_tasks.model import (
     StatusEvent,
     Task,
     TaskEvent,
+    WorkerInfo,
     apply,
     checked,
     dependencies_from,
@@ -533,7 +534,7 @@ class TaskLedger:
     def _moved(
         self, task: Named, op: str, to: TaskState, actor: str | None, expected: int | None, **options: Any
     ) -> Task:
-        who = self._who(actor)
+        who = self._who(actor, task if isinstance(task, Claim) else None)
         return self._write(
             ops.move, _id_of(task), who, op, to, held=False, expected=expected, **options
         ).row.task
@@ -557,6 +558,16 @@ class TaskLedger:
         """CANCELLED, with its subtasks. `dependents`: what waits for it too; otherwise its dependency has failed."""
         options: dict[str, Any] = {"dependents": dependents, "expected": expected_version}
         return self._write(ops.cancel, _id_of(task), self._who(actor), reason, **options).row.task
+
+    # -- workers --
+
+    def beat(self, worker: WorkerInfo) -> WorkerInfo:
+        """A worker says that it lives; with the times that the store keeps of it."""
+        return self._write(ops.beat, worker, durable=False)
+
+    def workers(self) -> list[WorkerInfo]:
+        """The workers of this session that were seen in the last days, newest first, and what each is doing."""
+        return self._read(ops.workers)
 
     # -- recovery --
 
