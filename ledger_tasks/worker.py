@@ -33,7 +33,7 @@ from ledger_tasks.errors import InvalidTransition, NotHolder
 from ledger_tasks.keeping import Keeper
 from ledger_tasks.model import Claim, Task, WorkerInfo
 from ledger_tasks.pacing import Breaker, Pace
-from ledger_tasks.states import TaskState
+from ledger_tasks.states import LEASED, TaskState
 from ledger_tasks.tasks import TaskLedger
 
 #: a function of a task and its context, plain or async; what it returns is the task's result
@@ -109,7 +109,7 @@ class Worker:
     # -- running --
 
     def run(self, *, until_idle: bool = False) -> None:
-        """Work until it is told to end, or (`until_idle`) until no task of its types is left that can be begun.
+        """Work until it is told to end, or (`until_idle`) until no task of its types is begun or can be begun.
 
         In the main thread SIGTERM and Ctrl-C end it gracefully.
         """
@@ -242,12 +242,10 @@ class Worker:
         return bool(self._look(lambda book: book.ready(can, types, 1) or book.lapsed(limit=1)))
 
     def _is_idle(self) -> bool:
-        """Whether nothing is begun here, and nothing can be begun, now or later, before something else ends."""
-        if self._running():
-            return False
+        """Whether nothing of its types is begun, here or elsewhere, and nothing can be begun, now or later."""
         types = None if "*" in self._handlers else list(self._handlers)
-        pending = self.ledger.tasks(state=TaskState.PENDING)
-        return all(task.waiting for task in pending if types is None or task.type in types)
+        found = self.ledger.tasks(state=[TaskState.PENDING, *LEASED])
+        return all(task.waiting for task in found if types is None or task.type in types)
 
     def _look(self, look: Callable[[Any], list[Row]]) -> list[Row]:
         return self.ledger.store.read(self.ledger.session, look)
@@ -390,6 +388,7 @@ class _Home:
     def __init__(self) -> None:
         self.loop: asyncio.AbstractEventLoop | None = None
         self._own: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
         self._door = threading.Lock()
 
     def run(self, job: _Job, handler: Handler) -> Any:
@@ -402,7 +401,7 @@ class _Home:
 
         future = asyncio.run_coroutine_threadsafe(whole(), self._loop())
         job.cancel = future.cancel
-        if job.context.is_lost:
+        if job.context.is_lost or job.context.is_stopping:  # told in the moment before
             future.cancel()
         return future.result()
 
@@ -412,12 +411,16 @@ class _Home:
         with self._door:
             if self._own is None:
                 self._own = asyncio.new_event_loop()
-                threading.Thread(target=self._own.run_forever, name="ledger-worker-loop", daemon=True).start()
+                run = self._own.run_forever
+                self._thread = threading.Thread(target=run, name="ledger-worker-loop", daemon=True)
+                self._thread.start()
             return self._own
 
     def close(self) -> None:
-        if self._own is not None:
+        if self._own is not None and self._thread is not None:
             self._own.call_soon_threadsafe(self._own.stop)
+            self._thread.join()
+            self._own.close()
             self._own = None
 
 
