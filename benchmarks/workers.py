@@ -87,7 +87,8 @@ class Recorder:
 
         def write(store: SqliteTaskStore, session: str, work: Callable[[Any], Any], **options: Any) -> Any:
             def noted(book: SqliteBook) -> Any:
-                recorder._here.tape = tape = []
+                tape: Tape = []
+                recorder._here.tape = tape
                 try:
                     return work(book)
                 finally:
@@ -97,7 +98,7 @@ class Recorder:
 
             return recorder._write(store, session, noted, **options)
 
-        SqliteBook.do = do  # type: ignore[method-assign]
+        SqliteBook.do = do  # type: ignore[method-assign, assignment]
         SqliteTaskStore.write = write  # type: ignore[method-assign, assignment]
         return self.tapes
 

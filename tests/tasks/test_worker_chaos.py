@@ -94,7 +94,7 @@ def let_loose(stage: Stage, *where: str) -> None:
 
 
 def assert_repeated_for_a_reason(lines: list[list[str]]) -> int:
-    """How many effects happened again. Each time the one before was its owner's last, or it was paused there."""
+    """How often effects happened again; each time the owner before had died in it, or was paused there."""
     killed = {line[1] for line in lines if line[0] == "killing"}
     pauses: dict[str, list[tuple[int, int]]] = defaultdict(list)
     begun: dict[tuple[str, ...], list[int]] = defaultdict(list)
@@ -127,7 +127,7 @@ def assert_repeated_for_a_reason(lines: list[list[str]]) -> int:
 def test_effects_of_killed_and_paused_workers_do_not_repeat(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], where: Callable[[Path], tuple[str, dict[str, Any]]]
 ) -> None:
-    """Every task ends with all of its results, and each effect happened once, but where nobody can know better."""
+    """Every task ends with its results, and each effect happened once, but where nobody can know better."""
     url, options = where(tmp_path)
     tasks = TaskLedger(url, agent="test", quiet=True, **options)
     tasks.add_tasks([Task(f"t{number}", max_retries=50) for number in range(TASKS)])
@@ -143,8 +143,9 @@ def test_effects_of_killed_and_paused_workers_do_not_repeat(
     effects = {tuple(line[2:]) for line in lines if line[0] == "in"}
     with capsys.disabled():
         print(
-            f"\n  workers: {TASKS} tasks of {CALLS} calls, {KILLS} kills, {PAUSES} pauses; {taken} tasks taken over, "
-            f"{again} effects repeated, each of an owner that died or was silent in it; {time.monotonic() - began:.1f} s"
+            f"\n  workers: {TASKS} tasks of {CALLS} calls, {KILLS} kills, {PAUSES} pauses; {taken} tasks taken "
+            f"over, {again} effects repeated, each of an owner that died or was silent in it; "
+            f"{time.monotonic() - began:.1f} s"
         )
     assert {(f"t{n}", str(step)) for n in range(TASKS) for step in range(CALLS)} == effects
     assert {TaskState.DONE: TASKS} == tasks.counts()
