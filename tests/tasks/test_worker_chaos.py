@@ -143,8 +143,8 @@ def test_effects_of_killed_and_paused_workers_do_not_repeat(
     effects = {tuple(line[2:]) for line in lines if line[0] == "in"}
     with capsys.disabled():
         print(
-            f"\n  workers: {TASKS} tasks of {CALLS} calls, {KILLS} kills, {PAUSES} pauses; {taken} tasks taken "
-            f"over, {again} effects repeated, each of an owner that died or was silent in it; "
+            f"\n  workers: {TASKS} tasks of {CALLS} calls, {KILLS} kills, {PAUSES} pauses; {taken} tasks "
+            f"taken over, {again} effects repeated, each of an owner that died or was silent in it; "
             f"{time.monotonic() - began:.1f} s"
         )
     assert {(f"t{n}", str(step)) for n in range(TASKS) for step in range(CALLS)} == effects
