@@ -180,6 +180,10 @@ class Book(ABC):
         """A page of tasks, in the order in which they were added."""
 
     @abstractmethod
+    def filed(self, task_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """By what each of these tasks is found, apart from its document: state, lane, type, and so on."""
+
+    @abstractmethod
     def counts(self) -> dict[str, int]:
         """How many tasks are in each state."""
 

@@ -183,14 +183,15 @@ class TaskLedger:
         description, numbered after its parent.
         """
         name = _id_of(parent)
-        listed = list(tasks)
-        start = len(self.list_tasks(parent=name)) + 1 if any(isinstance(one, str) for one in listed) else 1
-        new = []
-        for number, one in enumerate(listed, start):
-            fields: Any = {"id": f"{name}.{number}", "description": one} if isinstance(one, str) else one
-            made = fields if isinstance(fields, Task) else _task_of(None, dict(fields))
-            new.append(replace(made, parent=name))
-        return self.add_tasks(new)
+        parts = [one if isinstance(one, str) else self._part_of(name, one) for one in tasks]
+        if not parts:
+            return []
+        rows = self._write(ops.add_parts, name, parts, self._who(), ledger.new_token())
+        return [row.task for row in rows]
+
+    def _part_of(self, parent: str, part: Task | Mapping[str, Any]) -> Task:
+        made = part if isinstance(part, Task) else _task_of(None, dict(part))
+        return checked(replace(made, parent=parent))
 
     def add_dependency(
         self, task: Named, depends_on: str | Dep | Task, *, on_failure: OnFailure | None = None,
