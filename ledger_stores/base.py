@@ -30,8 +30,8 @@ _COUNTS = 250
 _SUCCEEDED = 10_000
 #: how many questions of an event loop are asked at once, and how long it waits itself for their answers
 _AT_ONCE, _LOOP_SECONDS = 64, 0.25
-#: how much of its time a loop may wait for the server and still ask in halves
-_MOST_REST = 2 / 3
+#: how much of its time a loop works that asks in halves
+_LEAST_WORK = 1 / 3
 #: how long an operation is repeated after its connection was lost
 RETRY_SECONDS = 5.0
 #: what a talk with a server yields when it waits for the server, and what it is told when there is something to read
@@ -619,7 +619,6 @@ class Lane:
                 self._lines.pop().release()
         elif self._timer is None:
             self._timer = loop.call_later(_LOOP_SECONDS, self._look_after)
-        self._pace.sent()
 
     def _look_after(self) -> None:
         """One timer for many questions: what is under way now may have begun only a moment ago."""
@@ -668,35 +667,38 @@ class Lane:
 class Pace:
     """How much a loop asks at once: all that its tasks ask, or in two halves, by turns.
 
-    While the server sees to one half, the loop sees to the other.  But what costs the server the same for one
-    question as for many (its disk's fsync) is then paid twice; so a loop that mostly waits asks all at once.
+    While the server sees to one half, the loop sees to the other.  But what costs the same for one question as
+    for many (the fsync of the server's disk, a turn on a crowded machine) is then paid twice; so a loop that
+    works for little of its time asks all at once.
     """
 
-    def __init__(self, most: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most, self._clock = most, clock
+    def __init__(
+        self,
+        most: int,
+        clock: Callable[[], float] = time.monotonic,
+        worked: Callable[[], float] = time.thread_time,
+    ) -> None:
+        self._most, self._clock, self._worked = most, clock, worked
         #: how many talks with the server there may be, and how many questions begin one without waiting for more
         self.talks, self.enough = 1, _AT_ONCE
         self._told = 0
-        #: how much of its time the loop waits; when it was last told something, and when it had asked all
-        self._rest, self._heard_at, self._sent_at = 0.5, clock(), clock()
+        #: how much of its time the loop works, as it was at those readings of the clocks
+        self._work, self._seen = 0.5, (clock(), worked())
 
     def answered(self, count: int, others: int) -> None:
         """So many tasks were told, and so many others wait for the server or to be sent."""
-        now = self._clock()
-        period, rest = now - self._heard_at, now - self._sent_at
-        self._heard_at = now
-        self._rest += (rest / period - self._rest) / 8 if period > rest else 0.0
-        self.talks = self._most if self._rest < _MOST_REST else 1
+        seen = self._clock(), self._worked()
+        period, work = (now - before for now, before in zip(seen, self._seen, strict=True))
+        self._seen = seen
+        if 0 <= work <= period > 0:  # another thread may run the loop by now
+            self._work += (work / period - self._work) / 8
+        self.talks = self._most if self._work > _LEAST_WORK else 1
         self._told += count
         self.enough = -(-(self._told + others) // self.talks)
 
     def all_asked(self) -> None:
         """All who were told had their turn."""
         self._told, self.enough = 0, _AT_ONCE
-
-    def sent(self) -> None:
-        """All that could be sent was."""
-        self._sent_at = self._clock()
 
 
 class _Line:

@@ -235,50 +235,58 @@ def test_what_is_larger_than_a_socket_takes_at_once_arrives(guard: Guard, size: 
     assert [expected, expected] == [asyncio.run(work()), asyncio.run(work())]
 
 
-def paced(pace: Pace, time: list[float], *, busy: float, waits: float) -> Pace:
-    """Of eight tasks all were told and asked again, so often that what was before does not count."""
-    for _ in range(100):
-        pace.all_asked()
-        time[0] += waits
-        pace.answered(8, 0)
-        time[0] += busy
-        pace.sent()
-    return pace
+class Loop:
+    """Eight tasks of an event loop on a clock of the test's."""
+
+    def __init__(self) -> None:
+        self.time = self.worked = 0.0
+        self.pace = Pace(2, lambda: self.time, lambda: self.worked)
+
+    def goes_on(self, *, works: float, waits: float) -> None:
+        """All tasks are told and ask again, so often that what was before does not count."""
+        for _ in range(100):
+            self.pace.all_asked()
+            self.worked += works
+            self.time += works + waits
+            self.pace.answered(8, 0)
 
 
 @pytest.mark.parametrize(
-    ("busy", "waits", "talks", "enough"),
+    ("works", "waits", "talks", "enough"),
     [(1.0, 0.1, 2, 4), (1.0, 1.9, 2, 4), (1.0, 2.1, 1, 8), (0.1, 5.0, 1, 8)],
 )
 def test_a_loop_asks_in_halves_as_long_as_it_does_not_mostly_wait(
-    busy: float, waits: float, talks: int, enough: int
+    works: float, waits: float, talks: int, enough: int
 ) -> None:
     """Beside a quick server the loop works on the other half; one with a slow disk is asked all at once."""
-    time = [0.0]
-    pace = paced(Pace(2, lambda: time[0]), time, busy=busy, waits=waits)
+    loop = Loop()
 
-    assert (talks, enough) == (pace.talks, pace.enough)
+    loop.goes_on(works=works, waits=waits)
+
+    assert (talks, enough) == (loop.pace.talks, loop.pace.enough)
 
 
 def test_a_loop_changes_its_pace_with_its_server() -> None:
     """A disk that was slow for a while is not held against the server."""
-    time = [0.0]
-    pace = paced(Pace(2, lambda: time[0]), time, busy=0.1, waits=5.0)
+    loop = Loop()
+    loop.goes_on(works=0.1, waits=5.0)
 
-    assert 2 == paced(pace, time, busy=1.0, waits=0.1).talks
+    loop.goes_on(works=1.0, waits=0.1)
+
+    assert 2 == loop.pace.talks
 
 
 def test_a_half_is_that_of_all_who_ask() -> None:
     """Whoever waits for the other answer counts, and whoever was told at the same moment."""
-    time = [0.0]
-    pace = paced(Pace(2, lambda: time[0]), time, busy=1.0, waits=0.1)
-    pace.all_asked()
+    loop = Loop()
+    loop.goes_on(works=1.0, waits=0.1)
+    loop.pace.all_asked()
 
-    pace.answered(3, 5)
+    loop.pace.answered(3, 5)
+    first = loop.pace.enough
+    loop.pace.answered(5, 0)
 
-    assert 4 == pace.enough
-    pace.answered(5, 0)
-    assert 4 == pace.enough
+    assert [4, 4] == [first, loop.pace.enough]
 
 
 def test_tasks_that_ask_in_halves_run_each_call_once() -> None:
