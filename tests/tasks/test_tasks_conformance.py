@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import psycopg
+import redis
 
 from ledger import Clock, MemoryStore, SqliteStore
 from ledger_stores.postgres import PostgresStore
@@ -14,7 +15,9 @@ from ledger_tasks.json_files import JsonTaskStore
 from ledger_tasks.postgres import PostgresTaskStore
 from ledger_tasks.sqlite import SqliteTaskStore
 from ledger_tasks.testing import TaskConformance
+from tests.stores.redis_kit import redis_url
 from tests.stores.servers import fresh_namespace, postgres_url
+from tests.tasks.redis_tasks_kit import clocked_tasks
 
 
 class TestMemory(TaskConformance):
@@ -76,3 +79,26 @@ class TestPostgres(TaskConformance):
             db.execute(
                 f"UPDATE {self.namespace}.meta SET value = %s WHERE name = 'now'", (str(clock.wall()),)
             )
+
+
+class TestRedis(TaskConformance):
+    """A real Redis; its clock is put where the test can set it."""
+
+    is_shared = True
+
+    def make(self, folder: Path, clock: Clock) -> TaskStore:  # noqa: ARG002 - it needs no place
+        self.namespace = fresh_namespace()
+        self.set_time(clock)
+        return self.again()
+
+    def again(self, store: TaskStore | None = None) -> TaskStore:  # noqa: ARG002 - the namespace says it all
+        return clocked_tasks(self.namespace)
+
+    def advance(self, store: TaskStore, clock: FakeClock, seconds: float) -> None:  # noqa: ARG002 - by name
+        clock.advance(seconds)
+        self.set_time(clock)
+
+    def set_time(self, clock: Clock) -> None:
+        """What the server's clock says from now on."""
+        with redis.Redis.from_url(redis_url()) as plain:
+            plain.set(f"{{{self.namespace}}}:time", clock.wall())
