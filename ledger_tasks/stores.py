@@ -15,6 +15,7 @@ from ledger_tasks.book import TaskStore
 _SERVERS: Final = {
     "PostgresStore": ("ledger_tasks.postgres", "PostgresTaskStore"),
     "RedisStore": ("ledger_tasks.redis", "RedisTaskStore"),
+    "MongoStore": ("ledger_tasks.mongodb", "MongoTaskStore"),
 }
 #: what `TaskLedger` may be given
 Where = str | os.PathLike[str] | Guard | ledger.Store | TaskStore | None

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
+import pytest
 import redis
 
 from ledger import Clock, MemoryStore, SqliteStore
+from ledger_stores.mongodb import MongoStore
 from ledger_stores.postgres import PostgresStore
 from ledger_stores.testing import FakeClock
 from ledger_tasks.book import TaskStore
 from ledger_tasks.json_files import JsonTaskStore
+from ledger_tasks.mongodb import MongoTaskStore
 from ledger_tasks.postgres import PostgresTaskStore
 from ledger_tasks.sqlite import SqliteTaskStore
 from ledger_tasks.testing import TaskConformance
+from tests.stores.mongo_kit import StandIn
 from tests.stores.redis_kit import redis_url
 from tests.stores.servers import fresh_namespace, postgres_url
 from tests.tasks.redis_tasks_kit import clocked_tasks
@@ -102,3 +107,22 @@ class TestRedis(TaskConformance):
         """What the server's clock says from now on."""
         with redis.Redis.from_url(redis_url()) as plain:
             plain.set(f"{{{self.namespace}}}:time", clock.wall())
+
+
+class TestMongo(TaskConformance):
+    """The stand-in for MongoDB; its clock is the test's."""
+
+    is_shared = True
+
+    def make(self, folder: Path, clock: Clock) -> TaskStore:  # noqa: ARG002 - it needs no place
+        self.server = StandIn(clock.wall)
+        self.namespace = fresh_namespace()
+        return self.again()
+
+    def again(self, store: TaskStore | None = None) -> TaskStore:  # noqa: ARG002 - the namespace says it all
+        return MongoTaskStore(MongoStore(self.server.url, namespace=self.namespace))
+
+    @pytest.fixture(autouse=True)
+    def _end(self) -> Iterator[None]:
+        yield
+        self.server.close()
