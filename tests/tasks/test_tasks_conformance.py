@@ -22,7 +22,7 @@ from ledger_tasks.testing import TaskConformance
 from tests.stores.mongo_kit import StandIn
 from tests.stores.redis_kit import redis_url
 from tests.stores.servers import fresh_namespace, postgres_url
-from tests.tasks.redis_tasks_kit import clocked_tasks
+from tests.tasks.replica_kit import clocked_tasks
 
 
 class TestMemory(TaskConformance):
@@ -113,6 +113,7 @@ class TestMongo(TaskConformance):
     """The stand-in for MongoDB; its clock is the test's."""
 
     is_shared = True
+    many = 20  # the stand-in is slow, and every other store has sixty
 
     def make(self, folder: Path, clock: Clock) -> TaskStore:  # noqa: ARG002 - it needs no place
         self.server = StandIn(clock.wall)
