@@ -82,6 +82,7 @@ _WROTE = (
     b"more",
     b"checked",
     b"stepped",
+    b"committed",
 )
 _ADVICE: tuple[tuple[type[Exception], str], ...] = (
     (redis.AuthenticationError, "see that user and password are right"),
@@ -335,7 +336,8 @@ class RedisStore(ServerStore):
             [reply] = _exchange(connection, [("EVAL", source, *asked)])
         if isinstance(reply, Exception):
             raise reply
-        return reply, self._wait_for(connection, replicas) if replicas else 0
+        wrote = replicas and _kind_of(reply) in _WROTE
+        return reply, self._wait_for(connection, replicas) if wrote else replicas
 
     # -- operations --
 

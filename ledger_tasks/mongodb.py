@@ -162,7 +162,8 @@ class MongoLog(SharedLog):
                 self._head = {"rows": 0, "rows_token": "", "turn": None}
                 return True
             return False
-        self._copy_head()
+        if not self._copy_head(place):
+            return False
         mine = {"turn": None} if (self._head["turn"] or {}).get("token") == fields["token"] else {}
         with self._in("tasks") as docs:
             found = docs.find_one_and_update(
@@ -175,12 +176,18 @@ class MongoLog(SharedLog):
         self._head |= mine
         return found is not None
 
-    def _copy_head(self) -> None:
-        """Put the commit that is the head into the log; others put the same there."""
+    def _copy_head(self, place: Place) -> bool:
+        """Put the commit at that place, which is the head, into the log; False if it is the head no more."""
+        if not self._head.get("commit") or self._head["n"] != place.number:
+            self._look(Place())
         head = self._head
+        if (head["n"], head["token"]) != place:
+            return False
         entry = {"_id": head["n"], **{name: head[name] for name in ("token", "before", "commit")}}
         with self._in("tasks.log") as log, suppress(errors.DuplicateKeyError):
+            # others put the same there
             log.replace_one({"_id": head["n"]}, entry, upsert=True)
+        return True
 
     # -- the log --
 

@@ -238,6 +238,9 @@ class Replica:
             table.watch(self.db)
         self.db.execute("PRAGMA query_only = 1")
 
+    def __del__(self) -> None:
+        self.db.close()
+
     def take(self, changes: Sequence[Change]) -> None:
         """What stands in documents."""
         with writing(self.db):
@@ -374,7 +377,7 @@ class ReplicaStore(TaskStore):
     def write(self, session: str, work: Callable[[Any], T], *, durable: bool = True) -> T:
         """In one transaction, done again on what others did if they came first."""
         asked = _Asked(session, ledger.new_token(), durable=durable)
-        limit = time.monotonic() + self.store.lock_seconds
+        limit = time.monotonic() + max(1.0, self.store.lock_seconds)
         try:
             while time.monotonic() < limit:
                 try:

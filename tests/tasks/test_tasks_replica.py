@@ -17,9 +17,11 @@ import pytest
 import redis
 
 from ledger import Clock, StoreError, UsageError
+from ledger_stores.dynamodb import DynamoStore
 from ledger_tasks import AsyncTaskLedger, Claim, Task, TaskLedger, TaskState
 from ledger_tasks.book import Book
-from ledger_tasks.replica import Entry, Place, Replica
+from ledger_tasks.replica import Change, Entry, Place, Replica
+from ledger_tasks.stores import tasks_of
 from ledger_tasks.testing import after
 from tests.stores.redis_kit import RedisServer, redis_url
 from tests.stores.way import PATIENCE
@@ -364,6 +366,22 @@ def test_a_commit_in_the_place_of_one_that_the_log_has_forgotten_is_refused(plac
         assert ["a", *(f"t{number}" for number in range(10))] == ids(fast) == ids(slow)
 
 
+def test_a_place_of_another_history_is_none(place: Somewhere, one: TaskLedger) -> None:
+    """Who remembers a commit that the server does not know can neither go on from it nor commit after it."""
+    for name in ("a", "b", "c"):
+        one.add_task(name)
+    with closing(place.store()) as store:
+        change = Change("task_sessions", ["x"], {"session": "x", "about": "{}"})
+        for number in (1, 2, 3, 4):
+            elsewhere = Place(number, "elsewhere")
+            assert store.log.news(elsewhere).entries is None
+            found = store.log.commit(elsewhere, Entry("mine", [change]), durable=True)
+            assert found is not None
+            assert found.entries is None
+
+    assert ["main"] == one.sessions()
+
+
 def test_a_new_process_reads_documents_and_what_came_since(place: Somewhere) -> None:
     """However far the documents are behind."""
     with closing(place.tasks("old", short=True)) as old:
@@ -428,6 +446,31 @@ def test_a_hand_on_the_server_is_found_by_verify(place: Somewhere) -> None:
         report = one.verify()
         assert not report
         assert ["event 1 of task 'a' was altered"] == [fault.partition(":")[0] for fault in report.faults][:1]
+
+
+# -- what goes with it --
+
+
+def test_a_url_says_where_tasks_are_kept(place: Somewhere) -> None:
+    """Tasks are beside the calls of that URL and namespace; a store that keeps none says which ones do."""
+    with closing(place.store()) as known:
+        url, kind = known.store.url, type(known)
+    with closing(TaskLedger(url, namespace=place.namespace, quiet=True)) as tasks:
+        tasks.add_task("a")
+        assert kind is type(tasks.store)
+        assert url == tasks.store.calls().url  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match=r"a DynamoStore keeps no tasks; .* redis://, mongodb://"):
+        tasks_of(DynamoStore("dynamodb://table?region=eu-central-1"))
+
+
+def test_a_delivery_is_made_once(place: Somewhere, one: TaskLedger, two: TaskLedger) -> None:
+    """The reservation is in the log, the call in the guard's records of the same namespace."""
+    sent = []
+    first = one.deliver(lambda: sent.append("one"), recipient="ann", key="k")
+    second = two.deliver(lambda: sent.append("two"), recipient="ann", key="k")
+
+    assert ("sent", "suppressed") == (first.outcome, second.outcome)
+    assert ["one"] == sent
 
 
 # -- the server --
