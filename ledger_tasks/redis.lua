@@ -96,10 +96,14 @@ local function commit(number, its, mine, most, most_bytes, growing)
   return {'committed'}
 end
 
--- some documents of a table from a cursor on: the next cursor, then keys and rows
+-- some documents of a table from a cursor on: the next cursor, then the rows as one JSON list, which is one text to read
 local function page(name, cursor, count)
   local found = redis.call('HSCAN', tasks .. ':' .. name, cursor, 'COUNT', count)
-  return {'page', found[1], found[2]}
+  local rows = {}
+  for i = 2, #found[2], 2 do
+    rows[i / 2] = found[2][i]
+  end
+  return {'page', found[1], '[' .. table.concat(rows, ',') .. ']'}
 end
 
 local function begin()

@@ -64,7 +64,7 @@ class RedisLog(SharedLog):
             cursor = b"0"
             while True:
                 _, cursor, found = self._ask("page", table, cursor, self.page)
-                yield [Change.read(table, *texts) for texts in zip(found[::2], found[1::2], strict=True)]
+                yield Change.read(table, found)
                 if cursor == b"0":
                     break
 

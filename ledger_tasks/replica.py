@@ -63,10 +63,10 @@ class Change(NamedTuple):
     row: dict[str, Any] | None
 
     @classmethod
-    def read(cls, table: str, key: str | bytes, row: str | bytes) -> Change:
-        """As it stands in a document; raises `StoreError`."""
+    def read(cls, table: str, rows: bytes) -> list[Change]:
+        """What stands in documents, a JSON list of rows, which have their own keys; raises `StoreError`."""
         try:
-            return cls(table, json.loads(key), dict(json.loads(row)))
+            return [cls(table, (), dict(row)) for row in json.loads(rows)]
         except (ValueError, TypeError) as error:
             raise _unreadable(table, error) from error
 
@@ -230,26 +230,28 @@ GROWING: Final = tuple(table.name for table in TABLES.values() if table.only_gro
 class Replica:
     """The tables in memory, as they were at a place in the log."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, documents: Iterable[Sequence[Change]] = ()) -> None:
         self.place = place
         self.db = empty_tables()
         self.db.execute(f"CREATE TEMP TABLE touched (name, {', '.join(_NOTED)})")
-        for table in TABLES.values():
-            table.watch(self.db)
-        self.db.execute("PRAGMA query_only = 1")
+        for changes in documents:
+            self._take(changes)
+        with writing(self.db):
+            # after that: to note each document would take longer than to read it
+            for table in TABLES.values():
+                table.watch(self.db)
 
     def __del__(self) -> None:
         self.db.close()
 
-    def take(self, changes: Sequence[Change]) -> None:
-        """What stands in documents."""
+    def _take(self, changes: Sequence[Change]) -> None:
         with writing(self.db):
             self._put(changes)
 
     def follow(self, entries: Sequence[Entry]) -> None:
         """What was committed after its place."""
         if entries:
-            self.take([change for entry in entries for change in entry.changes])
+            self._take([change for entry in entries for change in entry.changes])
             self.place = Place(self.place.number + len(entries), entries[-1].token)
 
     def _put(self, changes: Sequence[Change]) -> None:
@@ -460,10 +462,7 @@ class ReplicaStore(TaskStore):
         )
 
     def _read_all(self) -> Replica:
-        replica = Replica(self.log.begin())
-        for changes in self.log.documents():
-            replica.take(changes)
-        return replica
+        return Replica(self.log.begin(), self.log.documents())
 
     def _drop(self) -> None:
         replica, self._replica = self._replica, None
