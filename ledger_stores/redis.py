@@ -82,6 +82,7 @@ _WROTE = (
     b"more",
     b"checked",
     b"stepped",
+    b"committed",
 )
 _ADVICE: tuple[tuple[type[Exception], str], ...] = (
     (redis.AuthenticationError, "see that user and password are right"),
@@ -115,7 +116,7 @@ class RedisStore(ServerStore):
     ) -> None:
         super().__init__(url, namespace=namespace, sync=sync, lock_seconds=lock_seconds, clock=clock)
         self.replicas = int(self._options.get("replicas", replicas))
-        self._sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
+        self._sha = _sha_of(self.source)
         self._prefix = f"{{{self.namespace}}}:"
         self._meta = f"{self._prefix}meta"
         self._warned = False
@@ -224,6 +225,10 @@ class RedisStore(ServerStore):
         may be asked twice.
         """
         reply, have = self._insist(self._run_script, words, replicas)
+        return self._confirmed(reply, have, replicas)
+
+    def _confirmed(self, reply: Any, have: int, replicas: int) -> Any:
+        """A reply that means what was asked for, and that as many replicas have as should."""
         if reply == b"replaced":
             raise self._replaced()
         if isinstance(reply, list) and reply[:1] == [b"closed"]:
@@ -266,10 +271,14 @@ class RedisStore(ServerStore):
             [reply] = self._replies(connection, [words])
         if isinstance(reply, Exception):
             raise reply
-        if replicas and _kind_of(reply) in _WROTE:  # on the connection that wrote
-            _send(connection, ("WAIT", replicas, int(min(_CONNECT_SECONDS, self._patience) * 900)))
-            have = connection.read_response()
+        if replicas and _kind_of(reply) in _WROTE:
+            have = self._wait_for(connection, replicas)
         return reply, have
+
+    def _wait_for(self, connection: Any, replicas: int) -> int:
+        """How many replicas have what was written on this connection."""
+        _send(connection, ("WAIT", replicas, int(min(_CONNECT_SECONDS, self._patience) * 900)))
+        return int(connection.read_response())
 
     def _replies(self, connection: Any, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
         """What the script replies to several operations, none of which waits for another; errors stand in place."""
@@ -310,6 +319,28 @@ class RedisStore(ServerStore):
     def _look(self, *commands: tuple[Any, ...]) -> list[Any]:
         """What the server answers to these commands, none of which writes: one round trip."""
         return self._insist(_exchange_or_raise, commands)
+
+    def run(self, source: str, name: str, *words: Any, replicas: int = 0) -> Any:
+        """What another script answers that works on a key of this namespace: one round trip, one more for replicas.
+
+        It is given the key `name`, the operation, the id of the ledger and the rest; it may be run twice, and answers
+        `replaced` for another id.
+        """
+        reply, have = self._insist(self._run_other, source, f"{self._prefix}{name}", words, replicas)
+        return self._confirmed(reply, have, replicas)
+
+    def _run_other(
+        self, connection: Any, source: str, key: str, words: tuple[Any, ...], replicas: int
+    ) -> tuple[Any, int]:
+        operation, *rest = words
+        asked = (1, key, operation, self._id, *rest)
+        [reply] = _exchange(connection, [("EVALSHA", _sha_of(source), *asked)])
+        if isinstance(reply, redis.exceptions.NoScriptError):
+            [reply] = _exchange(connection, [("EVAL", source, *asked)])
+        if isinstance(reply, Exception):
+            raise reply
+        wrote = replicas and _kind_of(reply) in _WROTE
+        return reply, self._wait_for(connection, replicas) if wrote else replicas
 
     # -- operations --
 
@@ -812,6 +843,11 @@ def _given(**texts: str | None) -> Iterator[str]:
         if text is not None:
             yield name
             yield text
+
+
+@functools.lru_cache(8)
+def _sha_of(source: str) -> str:
+    return hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
 
 
 def _or_empty(value: Any) -> Any:

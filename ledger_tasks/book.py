@@ -252,6 +252,13 @@ class TaskStore(ABC):
     def write(self, session: str, work: Callable[[Any], T], *, durable: bool = True) -> T:
         """Do the work in one transaction and return after its commit; it may be done again, see `Book.again`."""
 
+    def is_begun(self) -> bool:
+        """Whether there is anything to look at; makes nothing."""
+        return True
+
+    def forget(self) -> None:  # noqa: B027 - most have no copy
+        """Read anew, the next time, what is only a copy here."""
+
     @abstractmethod
     def calls(self) -> ledger.Store:
         """The store of the guard that goes with it."""

@@ -63,6 +63,7 @@ class Report:
 def verify(ledger: TaskLedger, all_sessions: bool = False) -> Report:  # noqa: FBT001, FBT002 - as its method has it
     """Prove that every snapshot is what its events add up to, and that no event was altered."""
     store = getattr(ledger.store, "primary", ledger.store)  # a cache is no witness
+    store.forget()  # nor is a copy in memory
     sessions = [ledger.session]
     if all_sessions:
         sessions = sorted(store.read(ledger.session, lambda book: book.sessions()))
