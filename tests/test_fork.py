@@ -483,6 +483,39 @@ assert wait_for(child) == 0
     assert recorded(stage) == {"1": 1}
 
 
+def test_fork_while_the_tasks_are_opened(stage: Stage) -> None:
+    """A child forked while another thread uses a task ledger for the first time can use it."""
+    script = (
+        TOOL
+        + """
+from ledger_tasks import TaskLedger
+
+loading, forking = threading.Event(), threading.Event()
+os.register_at_fork(before=forking.set)
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "ledger_tasks.sqlite":
+            loading.set()
+            forking.wait()
+
+sys.meta_path.insert(0, Finder())
+tasks = TaskLedger(DB)
+thread = threading.Thread(target=tasks.add_task, args=("of the parent",))
+thread.start()
+loading.wait()
+child = in_child(lambda: tasks.add_task("of the child"))
+thread.join()
+assert wait_for(child) == 0
+say(sorted(task.id for task in tasks.tasks()))
+"""
+    )
+    actor = stage.start(script)
+
+    assert actor.line() == "['of the child', 'of the parent']"
+    actor.ends_well()
+
+
 @pytest.mark.slow
 def test_a_child_of_a_fork_that_waited_in_vain_is_refused(stage: Stage) -> None:
     """A fork waits only for so long for what another thread loads; its child is then refused."""
