@@ -8,7 +8,6 @@ from __future__ import annotations
 import getpass
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -88,7 +87,6 @@ class TaskLedger:
         self.lease = lease
         self._where, self._settings = where, settings
         self._opened: TaskStore | None = None
-        self._door = threading.Lock()
         #: names of other programs' states, before ours and the usual ones are tried
         self.mapping: dict[str, str] = {}
 
@@ -98,7 +96,8 @@ class TaskLedger:
     def store(self) -> TaskStore:
         """Where the tasks are kept; opened when first used."""
         if self._opened is None:
-            with self._door:  # or two threads open two, and a memory:// of one is lost with what it took
+            # or two threads open two, and a memory:// of one is lost with what it took; a fork waits for this one
+            with ledger._first_time:
                 if self._opened is None:
                     self._opened = open_tasks(self._where, self._settings)
         return self._opened
