@@ -16,14 +16,20 @@ from __future__ import annotations
 
 from ledger_tasks.aio import AsyncTaskLedger
 from ledger_tasks.awareness import Awareness, Item, Section
+from ledger_tasks.command import CommandExecutor
+from ledger_tasks.compound import CompoundRunner
+from ledger_tasks.compound_plan import Tier
+from ledger_tasks.compound_run import SubtaskFailed, given_up
 from ledger_tasks.deliveries import Delivery, Verdict
 from ledger_tasks.errors import (
+    BadPlan,
     Conflict,
     DependencyCycle,
     DuplicateTask,
     InvalidTransition,
     NoSuchTask,
     NotHolder,
+    PoolClosed,
     Tampered,
     TaskError,
 )
@@ -38,9 +44,9 @@ from ledger_tasks.tasks import (
 )
 
 __all__ = [
-    "NEXT", "AsyncTaskLedger", "Awareness", "Claim", "Conflict", "Delivery", "Dep", "DependencyCycle",
-    "DuplicateTask", "Figures", "InvalidTransition", "Item", "Metrics", "NoSuchTask", "NotHolder",
-    "Section", "Spread", "StatusEvent", "Tampered", "Task", "TaskError", "TaskEvent", "TaskLedger",
-    "TaskState", "TaskType", "Verdict", "create_ledger_for_user_prompt", "ledger_for_session",
-    "register_ledger_for_session",
+    "NEXT", "AsyncTaskLedger", "Awareness", "BadPlan", "Claim", "CommandExecutor", "CompoundRunner", "Conflict",
+    "Delivery", "Dep", "DependencyCycle", "DuplicateTask", "Figures", "InvalidTransition", "Item", "Metrics",
+    "NoSuchTask", "NotHolder", "PoolClosed", "Section", "Spread", "StatusEvent", "SubtaskFailed", "Tampered", "Task",
+    "TaskError", "TaskEvent", "TaskLedger", "TaskState", "TaskType", "Tier", "Verdict",
+    "create_ledger_for_user_prompt", "given_up", "ledger_for_session", "register_ledger_for_session",
 ]  # fmt: skip
