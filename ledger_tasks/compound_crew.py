@@ -242,7 +242,7 @@ class Crew:
             self._ledger.start(claim)
             if refused is not None:
                 return refused
-        run = Run(self.orders.execute, subtask, claim.task.workflow, held)
+        run = Run(self.orders.execute, subtask, claim.task.workflow, held, claim.token)
         return _answer(self.orders.pool, run, held, subtask["timeout"])
 
     def _routed(self, claim: Claim, subtask: dict[str, Any], held: Held) -> Outcome | None:

@@ -107,6 +107,8 @@ class Run:
     #: guarded calls in it belong to that workflow, and replay what they did there before
     workflow: str
     held: Held
+    #: of its claim: a cluster that answers equal calls from memory must not answer this one so
+    token: str
 
     def __call__(self) -> Outcome:
         """Execute it. What it raises comes back in words: an error of a user may not survive pickling."""
