@@ -126,6 +126,10 @@ class Crew:
             now = time.monotonic()
             try:
                 last = self._ledger.last_seq()
+                if now - left > _LEFT:
+                    left = now
+                    self._bring_back()
+                    self.bell.ring()
                 if last != seen:
                     seen, moved, pause = last, now, _LOOK
                     self.bell.ring()
@@ -134,9 +138,10 @@ class Crew:
             except LedgerError as error:
                 _log.warning("compound runner %s cannot look for work: %s", self.orders.name, error)
                 pause = _LATER
-            if now - left > _LEFT:
-                left = now
-                self.bell.ring()
+
+    def _bring_back(self) -> None:
+        if self._ledger.stale_tasks():
+            self._ledger.recover()
 
     def _is_any_unfinished(self) -> bool:
         wanted = Wanted(types=frozenset([COMPOUND]), waiting=True)
@@ -146,16 +151,20 @@ class Crew:
 
     def _fill_slot(self) -> None:
         while self.bell.wait():
-            while not self.bell.is_closed and (claim := self._claim()) is not None:
+            claim = self._claim(looks=True)
+            while claim is not None:
                 self.bell.ring(2)  # there may be more; by two, so that many slots are awake soon
                 self._work_on(claim)
+                claim = None if self.bell.is_closed else self._claim()
 
-    def _claim(self) -> Claim | None:
+    def _claim(self, *, looks: bool = False) -> Claim | None:
         orders = self.orders
+        wanted: dict[str, Any] = {"types": (COMPOUND, SUBTASK), "capabilities": (orders.name,)}
         try:
-            return self._ledger.claim_next(
-                types=(COMPOUND, SUBTASK), capabilities=(orders.name,), lease=orders.lease, start=orders.route is None
-            )  # fmt: skip
+            # who was only woken looks first: that disturbs nobody, while a claim keeps others from writing
+            if looks and self._ledger.get_next_executable_task(**wanted) is None:
+                return None
+            return self._ledger.claim_next(**wanted, lease=orders.lease, start=orders.route is None)
         except LedgerError as error:
             _log.warning("compound runner %s cannot claim: %s", orders.name, error)
             return None
