@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import random
 import shutil
 import sqlite3
 import sys
@@ -18,19 +19,22 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.table import SHORT, Table  # noqa: E402 - the tree's own
-from ledger_tasks import Task, TaskLedger, Worker  # noqa: E402
+from ledger_tasks import CompoundRunner, Task, TaskLedger, Worker  # noqa: E402
+from ledger_tasks.model import micros_of  # noqa: E402
 from ledger_tasks.sqlite import SqliteBook, SqliteTaskStore  # noqa: E402
 
 TABLE = Table()
 TASKS = 400 if SHORT else 2_000
 PROCESSES = 4
 WAIT = 0.02
+SUBTASKS = 1_000
 SPAWN = multiprocessing.get_context("spawn")
 #: what one transaction does: statements with their values
 Tape = list[tuple[str, dict[str, Any]]]
@@ -218,5 +222,63 @@ def bench_waiting(folder: Path) -> None:
     TABLE.report("tasks that wait 20 ms, 4 processes, speed-up", ratio, "×", ratio=ratio, least=2.5)
 
 
+# ═══ A compound ═══════════════════════════════════════════════════════════════════════
+
+
+def plan_of(count: int) -> dict[str, Any]:
+    """Subtasks each of which waits for up to three before it."""
+    dice = random.Random(7)
+    steps = [
+        {
+            "index": index,
+            "description": f"step {index}",
+            "tier_hint": 1,
+            "depends_on": sorted(
+                dice.sample(range(max(0, index - 50), index), min(index, dice.randrange(4)))
+            ),
+        }
+        for index in range(count)
+    ]
+    return {"reasoning": "at random", "subtasks": steps}
+
+
+def short_work(subtask: dict[str, Any]) -> str:
+    """A few milliseconds, as a fast service needs."""
+    time.sleep((subtask["index"] % 7) / 1000)
+    return "done"
+
+
+def idle_milliseconds(tasks: list[Task], parallel: int) -> list[float]:
+    """How long each was not begun although its dependencies were done and a slot was free."""
+    done = {task.id: micros_of(task.completed_at) for task in tasks}
+    turns = [(micros_of(task.started_at), 1, task) for task in tasks] + [(done[t.id], -1, t) for t in tasks]
+    running, since, found = 0, min(moment for moment, _, _ in turns), []
+    for moment, step, task in sorted(turns, key=lambda turn: turn[:2]):
+        if step > 0:
+            ready = max([done[dep.id] for dep in task.depends_on], default=since)
+            found.append((moment - max(ready, since)) / 1e3)
+        elif running == parallel:
+            since = moment
+        running += step
+    return found
+
+
+def bench_compound(folder: Path) -> None:
+    """When the subtasks of a large compound begin, by the ledger's own times."""
+    tasks = open_tasks(str(folder / "compound.db"))
+    with CompoundRunner(tasks, lambda _: plan_of(SUBTASKS), short_work) as runner:
+        begun = time.perf_counter()
+        made = runner.submit("a thousand things")
+        TABLE.report(f"compound of {SUBTASKS:,} subtasks, planned", (time.perf_counter() - begun) * 1e3, "ms")
+        ended = runner.wait(made["id"], timeout=600)
+        seconds = time.perf_counter() - begun
+    TABLE.expect("… its subtasks", (ended["status"], ended["completed_count"]), ("completed", SUBTASKS))
+    idle = idle_milliseconds([*tasks.tasks(parent=made["id"])], 4)
+    TABLE.report("… executed by 4, each", seconds / SUBTASKS * 1e3, "ms")
+    TABLE.report("… begun after deps and slot, median", median(idle), "ms")
+    TABLE.report("… the latest", max(idle), "ms", most=50, of_ratio=False)
+    tasks.close()
+
+
 if __name__ == "__main__":
-    sys.exit(TABLE.run(bench_overhead_and_scale, bench_waiting))
+    sys.exit(TABLE.run(bench_overhead_and_scale, bench_waiting, bench_compound))
