@@ -70,7 +70,12 @@ _forking: list[InMemory] = []
 
 
 def _before_fork() -> None:
-    _forking.extend(STORES)
+    while True:
+        try:
+            _forking[:] = STORES
+            break
+        except RuntimeError:  # another thread made one meanwhile
+            continue
     for store in _forking:
         store.before_fork()
 
