@@ -13,7 +13,7 @@ import pytest
 
 from ledger_tasks import CompoundRunner, PoolClosed, TaskLedger, compound_view
 from ledger_tasks.testing import faults
-from tests.actors import PATIENCE
+from tests.actors import PATIENCE, eventually
 from tests.tasks.compound_kit import of_index, opened, plan, step
 
 pytestmark = [
@@ -87,27 +87,28 @@ def test_subtasks_run_in_both_processes_of_a_cluster(tasks: TaskLedger, client: 
     assert [] == faults(tasks)
 
 
-def fails_once(subtask: dict[str, Any]) -> str:
-    """Fails where it was never called before."""
-    mark = Path(subtask["description"])
-    if mark.exists():
+def hangs_once(subtask: dict[str, Any]) -> str:
+    """Hangs where it was never called before, until it is told to go."""
+    folder = Path(subtask["description"])
+    if (folder / "mark").exists():
         return "done"
-    mark.touch()
-    raise ValueError("once")
+    (folder / "mark").touch()
+    eventually((folder / "go").exists)
+    return "late"
 
 
 def test_a_subtask_that_is_retried_runs_again(tasks: TaskLedger, client: Any, tmp_path: Path) -> None:
-    """A cluster may answer equal calls from its memory; an execution never equals another."""
-    steps = plan(step(0, description=str(tmp_path / "mark")), step(1, description=str(tmp_path)))
-    with CompoundRunner(tasks, steps, fails_once, client.get_executor()) as runner:
+    """A cluster takes equal calls for one; an execution never equals another, also of the same subtask."""
+    steps = plan(step(0, description=str(tmp_path), timeout=1))
+    with CompoundRunner(tasks, steps, hangs_once, client.get_executor()) as runner:
         found = runner.wait(runner.submit("p")["id"], PATIENCE)
-        assert ["ValueError: once", "done"] == of_index(found, "result")
         tasks.retry(found["subtasks"][0]["id"], "the page is back")
-        for event in tasks.subscribe(0, every=0.01):
-            if event.task == found["subtasks"][0]["id"] and event.to_state == "done":
-                break
+        eventually(lambda: of_index(runner.progress(found["id"]), "status") != ["queued"])
+        eventually(lambda: of_index(runner.progress(found["id"]), "status") != ["executing"])
+        (tmp_path / "go").touch()
 
-    assert ["done", "done"] == of_index(compound_view.progress(tasks, found["id"]), "result")
+    assert ["no answer in 1 s"] == of_index(found, "result")
+    assert ["done"] == of_index(compound_view.progress(tasks, found["id"]), "result")
 
 
 def test_a_client_that_was_closed_takes_nothing_more(tasks: TaskLedger, cluster: Any, tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_a_client_that_was_closed_takes_nothing_more(tasks: TaskLedger, cluster:
     with Client(cluster, set_as_default=False) as closed:
         pool = closed.get_executor()
     pool.shutdown()
-    with CompoundRunner(tasks, plan(step(0)), fails_once, pool) as runner:
+    with CompoundRunner(tasks, plan(step(0)), hangs_once, pool) as runner:
         made = runner.submit("p")
         with pytest.raises(PoolClosed):
             runner.wait(made["id"], PATIENCE)
