@@ -175,12 +175,13 @@ class SqlBook(Book):
             self._count_open([edge.task for edge in edges[start : start + _PAGE]])
 
     def _count_open(self, task_ids: Sequence[str]) -> None:
+        among, ids = self._among("id", [*set(task_ids)])
         sql = (
             "UPDATE tasks SET open = (SELECT COUNT(*) FROM task_deps e JOIN tasks d ON d.num = e.dep"
             f" WHERE e.task = tasks.num AND d.state <> 'done' AND NOT (e.on_failure = 'run' AND d.state IN ({_LOST})))"
-            f" WHERE session = :session AND id IN {self.each.format('ids')}"
+            f" WHERE session = :session AND {among}"
         )
-        self.do(sql, session=self.session, ids=json.dumps(list(set(task_ids))))
+        self.do(sql, session=self.session, ids=ids)
 
     def dependencies(self, task_ids: Sequence[str]) -> Iterator[Edge]:
         return self._edges("t", task_ids)
@@ -189,13 +190,20 @@ class SqlBook(Book):
         return self._edges("d", task_ids, f" AND t.state NOT IN ({_ENDED})" if waiting else "")
 
     def _edges(self, side: str, task_ids: Sequence[str], test: str = "") -> Iterator[Edge]:
-        sql = (
-            "SELECT t.id, d.id, e.on_failure FROM task_deps e JOIN tasks t ON t.num = e.task JOIN tasks d ON d.num = e.dep"
-            f" WHERE {side}.session = :session AND {side}.id IN {self.each.format('ids')}{test} ORDER BY t.num, d.num"
-        )
         for start in range(0, len(task_ids), _PAGE):
-            for found in self.do(sql, session=self.session, ids=json.dumps(task_ids[start : start + _PAGE])):
+            among, ids = self._among(f"{side}.id", task_ids[start : start + _PAGE])
+            sql = (
+                "SELECT t.id, d.id, e.on_failure FROM task_deps e JOIN tasks t ON t.num = e.task JOIN tasks d ON d.num = e.dep"
+                f" WHERE {side}.session = :session AND {among}{test} ORDER BY t.num, d.num"
+            )
+            for found in self.do(sql, session=self.session, ids=ids):
                 yield Edge(*found)
+
+    def _among(self, column: str, ids: Sequence[str]) -> tuple[str, str]:
+        """That a column is one of these, and the value of `:ids`. One is asked for as one: a planner knows what to do."""
+        if len(ids) == 1:
+            return f"{column} = :ids", ids[0]
+        return f"{column} IN {self.each.format('ids')}", json.dumps(list(ids))
 
     def release(self, task_id: str, only: str | None = None) -> list[tuple[str, TaskState]]:
         self._change_open(task_id, -1, only)
@@ -333,12 +341,9 @@ class SqlBook(Book):
     def filed(self, task_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
         for start in range(0, len(task_ids), _PAGE):
-            some = json.dumps(task_ids[start : start + _PAGE])
-            sql = (
-                f"SELECT id, {', '.join(_FILED)} FROM tasks"
-                f" WHERE session = :session AND id IN {self.each.format('some')}"
-            )
-            rows = self.do(sql, session=self.session, some=some)
+            among, ids = self._among("id", task_ids[start : start + _PAGE])
+            sql = f"SELECT id, {', '.join(_FILED)} FROM tasks WHERE session = :session AND {among}"
+            rows = self.do(sql, session=self.session, ids=ids)
             found |= {name: dict(zip(_FILED, values, strict=True)) for name, *values in rows}
         return found
 
