@@ -21,9 +21,9 @@ from ledger import UsageError
 from ledger_tasks import operations as ops
 from ledger_tasks.book import Row, TaskStore, Wanted
 from ledger_tasks.errors import NoSuchTask
-from ledger_tasks.model import Task, at, plain
+from ledger_tasks.model import Task, WorkerInfo, at, plain
 from ledger_tasks.sql import SqlBook, as_in_doc, escaped
-from ledger_tasks.states import HELD, LOST, TaskState
+from ledger_tasks.states import HELD, LEASED, LOST, TaskState
 from ledger_tasks.stores import tasks_of
 
 T = TypeVar("T")
@@ -39,6 +39,8 @@ _MOST_SESSIONS, _CHOICES_OF = 200, 2_000
 #: how many parts that are not shown are counted for one tree
 _MOST_COUNTED: Final = 20_000
 _MOST_PARENTS: Final = 300
+#: how many tasks that somebody has are looked through for what workers are doing
+_MOST_DOING: Final = 1_000
 #: a number above that of any event of a task
 _LAST: Final = 2**31 - 1
 #: how many events are looked through for one move
@@ -238,6 +240,19 @@ class Timeline:
                 for lane in self.lanes
             ],
         }  # fmt: skip
+
+
+class SeenWorker(NamedTuple):
+    """A worker, and what it is doing."""
+
+    session: str
+    worker: WorkerInfo
+    doing: list[Seen]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values only."""
+        doing = [seen.to_dict() for seen in self.doing]
+        return {"session": self.session, **self.worker.to_dict(), "doing": doing}
 
 
 def reader_of(store: ledger.Store) -> TaskReader | None:
@@ -502,6 +517,20 @@ class TaskReader:
         lanes = _lanes([one for one in happened if one.at >= begin], held, begin, bars)
         return Timeline(begin, max(now, begin), lanes[:agents], max(len(lanes) - agents, 0), complete)
 
+    def workers(self, session: str | None, limit: int) -> list[SeenWorker]:
+        """The workers that were seen last: those that are alive first, then the newest; one more than `limit` at most."""
+        test = "" if session is None else " WHERE session = :session"
+        sql = f"SELECT session, about FROM task_workers{test} ORDER BY seen DESC, id LIMIT :limit"
+        rows = self._ask(sql, session=session, limit=limit + 1)
+        silent = at(self._look(lambda book: book.now) - ops.SILENCE)
+        doing: dict[tuple[str, str], list[Seen]] = {}
+        for seen in self._held(session, _MOST_DOING) if rows else ():
+            if seen.task.state in LEASED:
+                doing.setdefault((seen.task.session, seen.task.assignee), []).append(seen)
+        found = [_as_worker(name, json.loads(about), silent, doing) for name, about in rows]
+        # those that live stand still in a list, whoever of them spoke last
+        return sorted(found, key=lambda one: (not one.worker.alive, one.worker.id if one.worker.alive else ""))
+
     def _moves(self, session: str | None, limit: int) -> tuple[list[Happened], datetime | None]:
         """The newest moves, oldest first, and the time before which nothing was looked at (None: it was all)."""
         further = "SELECT seq, at FROM task_events ORDER BY seq DESC LIMIT 1 OFFSET :window"
@@ -527,6 +556,14 @@ class TaskReader:
 
 
 # -- rows --
+
+
+def _as_worker(
+    session: str, about: dict[str, Any], silent: datetime, doing: dict[tuple[str, str], list[Seen]]
+) -> SeenWorker:
+    worker = ops.as_alive(WorkerInfo.from_dict(about), silent)
+    mine = doing.get((session, worker.agent), []) if worker.alive else []
+    return SeenWorker(session, replace(worker, doing=tuple(seen.task.id for seen in mine)), mine)
 
 
 def _seen(row: Sequence[Any]) -> Seen:

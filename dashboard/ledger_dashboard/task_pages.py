@@ -27,6 +27,7 @@ from ledger_dashboard.task_api import (
     timeline_of,
     wanted_of,
     whole_of,
+    workers_of,
 )
 from ledger_tasks import NEXT, Task, TaskState
 from ledger_tasks.book import Wanted
@@ -107,6 +108,18 @@ async def get_agents(request: Request) -> Response:
         request, "task_agents", gather, ranges=_RANGES, chosen=text_of(request, "since") or "all",
         kept_session=f"&{urlencode({'session': asked})}" if asked else "",
     )  # fmt: skip
+
+
+@steady
+async def get_workers(request: Request) -> Response:
+    """Who is at work, since when, and at what."""
+
+    def gather(_: Opened, reader: TaskReader) -> dict[str, Any]:
+        found, is_cut = workers_of(request, reader)
+        return {"found": [one for one in found if not one.worker.ended], "is_cut": is_cut,
+                "ended": [one for one in found if one.worker.ended]}  # fmt: skip
+
+    return await _show(request, "task_workers", gather)
 
 
 @steady

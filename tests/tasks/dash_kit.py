@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from ledger import Guard
-from ledger_tasks import Claim, Dep, Task, TaskLedger
+from ledger_tasks import Claim, Dep, Task, TaskLedger, WorkerInfo
 
 
 def begun(tasks: TaskLedger, task_id: str, agent: str) -> Claim:
@@ -40,7 +40,7 @@ def tell_of_tasks(db: Path) -> None:
         Task("archive", depends_on=(Dep("send", on_failure="run"),)),
         Task("feed", title="Price feed", type="tool", max_retries=1),
         Task("prices", title="Update prices", depends_on=(Dep("feed"),)),
-        Task("backup", type="tool"),
+        Task("backup", type="tool", payload={"disk": "sda", "keep": [7, 30]}),
         Task("refund", title="Refund A-7", type="review"),
     ])  # fmt: skip
     tasks.add_subtasks("report", ["first source", "second source", "third source"])
@@ -54,6 +54,8 @@ def tell_of_tasks(db: Path) -> None:
         tasks.fail(begun(tasks, "feed", "ann"), "TimeoutError: no answer", retry_in=0)
     tasks.fail(begun(tasks, "backup", "bob"), "PermissionError: read-only disk")
     tasks.pause(begun(tasks, "refund", "clerk"), "waits for the manager")
+    tasks.beat(WorkerInfo("w-1", "bob", "vm1", 4711, ("*",), 4, done=3, failed=1))
+    tasks.beat(WorkerInfo("w-2", "ann", "vm2", 4712, ("tool", "task"), 2, done=1, failed=2, ended=True))
     tasks.in_session("other").add_task("lonely", description="answer the question")
     tasks.close()
     with guarding(db) as guard, guard.workflow("task:report.2"):

@@ -60,6 +60,10 @@ const taskViews = {
     followTasks(() => refresh(), (event) => event.kind === "moved");
   },
 
+  task_workers() {
+    followTasks(() => refresh(), (event) => event.kind !== "checkpoint");
+  },
+
   task_graph() {
     const draw = graph();
     followTasks(async () => {
