@@ -21,12 +21,14 @@ from ledger_tasks.aio import AsyncTaskLedger
 from ledger_tasks.awareness import Awareness, Item, Section
 from ledger_tasks.deliveries import Delivery, Verdict
 from ledger_tasks.errors import (
+    BadPlan,
     Conflict,
     DependencyCycle,
     DuplicateTask,
     InvalidTransition,
     NoSuchTask,
     NotHolder,
+    PoolClosed,
     Tampered,
     TaskError,
 )
@@ -41,50 +43,28 @@ from ledger_tasks.tasks import (
 )
 
 if TYPE_CHECKING:
+    from ledger_tasks.command import CommandExecutor
+    from ledger_tasks.compound import CompoundRunner
+    from ledger_tasks.compound_plan import Tier
+    from ledger_tasks.compound_run import SubtaskFailed, given_up
     from ledger_tasks.context import AsyncTaskContext, TaskContext
     from ledger_tasks.pacing import Breaker
     from ledger_tasks.worker import Worker
 
 __all__ = [
-    "NEXT",
-    "AsyncTaskContext",
-    "AsyncTaskLedger",
-    "Awareness",
-    "Breaker",
-    "Claim",
-    "Conflict",
-    "Delivery",
-    "Dep",
-    "DependencyCycle",
-    "DuplicateTask",
-    "Figures",
-    "InvalidTransition",
-    "Item",
-    "Metrics",
-    "NoSuchTask",
-    "NotHolder",
-    "Section",
-    "Spread",
-    "StatusEvent",
-    "Tampered",
-    "Task",
-    "TaskContext",
-    "TaskError",
-    "TaskEvent",
-    "TaskLedger",
-    "TaskState",
-    "TaskType",
-    "Verdict",
-    "Worker",
-    "WorkerInfo",
-    "create_ledger_for_user_prompt",
-    "ledger_for_session",
-    "register_ledger_for_session",
+    "NEXT", "AsyncTaskContext", "AsyncTaskLedger", "Awareness", "BadPlan", "Breaker", "Claim", "CommandExecutor",
+    "CompoundRunner", "Conflict", "Delivery", "Dep", "DependencyCycle", "DuplicateTask", "Figures",
+    "InvalidTransition", "Item", "Metrics", "NoSuchTask", "NotHolder", "PoolClosed", "Section", "Spread",
+    "StatusEvent", "SubtaskFailed", "Tampered", "Task", "TaskContext", "TaskError", "TaskEvent", "TaskLedger",
+    "TaskState", "TaskType", "Tier", "Verdict", "Worker", "WorkerInfo", "create_ledger_for_user_prompt", "given_up",
+    "ledger_for_session", "register_ledger_for_session",
 ]  # fmt: skip
 
 #: what few programs need, and what takes long to load
 _LATER = {
-    "AsyncTaskContext": "context", "Breaker": "pacing", "TaskContext": "context", "Worker": "worker",
+    "AsyncTaskContext": "context", "Breaker": "pacing", "CommandExecutor": "command", "CompoundRunner": "compound",
+    "SubtaskFailed": "compound_run", "TaskContext": "context", "Tier": "compound_plan", "Worker": "worker",
+    "given_up": "compound_run",
 }  # fmt: skip
 
 

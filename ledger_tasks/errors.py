@@ -8,6 +8,8 @@ LedgerError
     ├── InvalidTransition     see `legal`: what may follow
     ├── NotHolder             somebody else has it, or this claim was lost: stop working on it
     ├── Conflict              read it again: somebody changed it meanwhile
+    ├── BadPlan               let the planner plan anew; it says what is wrong
+    ├── PoolClosed            the pool takes nothing more: make a new runner with a new pool
     └── Tampered              the ledger was changed by something that is not a ledger
 """
 
@@ -78,3 +80,21 @@ class Conflict(TaskError):
 
 class Tampered(TaskError):
     """Events or snapshots are not what this ledger wrote."""
+
+
+class BadPlan(TaskError):
+    """What a planner returned is no plan; nothing was added. `path` are the indices of a cycle, if it is one."""
+
+    def __init__(self, message: str, path: Sequence[int] = ()) -> None:
+        super().__init__(f"the plan cannot be used: {message}; nothing was added. Let the planner plan anew")
+        self.path = tuple(path)
+
+
+class PoolClosed(TaskError):
+    """The pool of a runner takes no work any more, and the runner begins nothing more."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(
+            f"the pool takes no work any more ({type(error).__name__}: {error}), so this runner begins nothing. "
+            "Make a new runner with a new pool: it goes on with what is unfinished"
+        )

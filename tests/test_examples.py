@@ -1,5 +1,6 @@
 """The examples and the demo run as a user runs them, and their output says what it should."""
 
+import json
 import os
 import re
 import subprocess
@@ -242,6 +243,32 @@ def test_resumed_example_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
 
     assert "tuesday: orders from row 6" in output
     assert "{'customers': 10, 'orders': 4, 'invoices': 10}" in output
+
+
+def test_compound_example_goes_on_around_a_failed_subtask(tmp_path: Path) -> None:
+    """Four of six are done by the command, one fails and blocks another, and the bill has five lines."""
+    output = output_of("example_compound", tmp_path)
+
+    assert "submitted: 6 subtasks, planned" in output
+    assert "  [###!#!] 4 of 6, partial" in output
+    assert "ended with status 1: the shop does not answer" in output
+    assert "4 completed opus   opus: compare the two: done, knowing 2 results" in output
+    assert "5 failed    sonnet blocked by failed dependency 3: " in output
+    bill = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert [True, True, True, False, True] == [line["success"] for line in bill]
+    assert all(line["cost"] > 0 and line["tokens"] > 30 for line in bill if line["success"])
+
+
+@needs("distributed")
+@pytest.mark.slow
+def test_dask_example_orders_each_copy_once_though_a_worker_was_killed(tmp_path: Path) -> None:
+    """Two worker processes of a cluster do the subtasks; the one that is killed repeats nothing."""
+    output = output_of("example_dask", tmp_path)
+
+    assert "5 subtasks are planned" in output
+    assert "4 completed by sonnet: 17" in output
+    assert "completed, 0.042 USD, in other processes: True" in output
+    assert "workers killed: 1, copies ordered: 4 of 4" in output
 
 
 @pytest.mark.parametrize(
