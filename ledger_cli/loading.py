@@ -55,12 +55,15 @@ def _imported(module: str, option: str) -> Any:
         raise click.UsageError(_failed(module, option, error)) from error
 
 
-def _failed(module: str, option: str, error: Exception) -> str:
-    """That a module raised while it was imported, and where."""
+def failed_at(error: Exception) -> str:
+    """What somebody's code raised, and where."""
     frames = traceback.extract_tb(error.__traceback__)
     at = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    told = printable(f"{type(error).__name__}: {error}{at}", lines=True)
-    return f"{option}: module {module!r} cannot be imported: {told}"
+    return printable(f"{type(error).__name__}: {error}{at}", lines=True)
+
+
+def _failed(module: str, option: str, error: Exception) -> str:
+    return f"{option}: module {module!r} cannot be imported: {failed_at(error)}"
 
 
 def _brief(value: Any) -> str:

@@ -62,10 +62,12 @@ class Place:
         url = self._url
         return self._with(url if url.startswith("json:") else url_of(url))
 
-    def calls(self, tasks: TaskLedger) -> str:
-        """What LEDGER_DB has to be for a guard that keeps its calls beside these tasks."""
-        calls = tasks.store.calls()
-        return str(calls.path) if isinstance(calls, SqliteStore) else url_of(self._url)
+    def keep_calls_beside(self, tasks: TaskLedger) -> None:
+        """Let the guard of this process keep its calls where whoever takes over looks, unless it is told."""
+        if os.environ.get("LEDGER_DB", "json:").startswith("json:"):  # which a guard cannot open
+            calls = tasks.store.calls()
+            here = str(calls.path) if isinstance(calls, SqliteStore) else url_of(self._url)
+            os.environ["LEDGER_DB"] = here
 
     @property
     def _url(self) -> str:

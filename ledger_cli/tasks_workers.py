@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
-from types import FrameType
 from typing import Any
 
 import click
 
 from ledger import UsageError
 from ledger_cli import tasks_grids as grids
+from ledger_cli.ending import end_at_once
 from ledger_cli.loading import loaded
 from ledger_cli.options import MOST, SECONDS, as_json, command
 from ledger_cli.screen import Screen, note
@@ -126,7 +124,7 @@ def run_command(
         "agent": _own_name(place),
     }
     tasks = place.opened()
-    _keep_calls_beside(place, tasks)
+    place.keep_calls_beside(tasks)
     _work(_made(tasks, handlers, options), until_idle=until_idle, json=json)
 
 
@@ -151,12 +149,6 @@ def _own_name(place: Place) -> str | None:
     return place.agent if source is click.core.ParameterSource.COMMANDLINE else None
 
 
-def _keep_calls_beside(place: Place, tasks: TaskLedger) -> None:
-    """Let the guard of this process keep its calls where those look that take a task over."""
-    if os.environ.get("LEDGER_DB", "json:").startswith("json:"):  # which a guard cannot open
-        os.environ["LEDGER_DB"] = place.calls(tasks)
-
-
 def _made(tasks: TaskLedger, handlers: str, options: dict[str, Any]) -> TheWorker:
     try:
         return TheWorker(tasks, loaded(handlers, "MODULE:NAME"), **options)
@@ -169,20 +161,11 @@ def _work(worker: TheWorker, *, until_idle: bool, json: bool) -> None:
     screen = Screen()
     is_live = screen.is_terminal and not json
     view: View = Board(worker, screen) if is_live else Lines(worker, screen, json=json)
-    for number in (signal.SIGTERM, signal.SIGINT):  # the first one is the worker's, while it runs
-        signal.signal(number, _at_once)
+    end_at_once()  # the first signal is the worker's, while it runs
     _log_to_stderr()
     with redirect_stdout(sys.stderr) if json else nullcontext(), Following(worker, view):
         worker.run(until_idle=until_idle)
     note(view.told())
-
-
-def _at_once(number: int, _frame: FrameType | None) -> None:
-    """End as if nobody had caught it, with the cursor that the live view hid."""
-    if sys.stdout.isatty():
-        os.write(1, b"\x1b[?25h\n")
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
 
 
 class _Notes(logging.Handler):

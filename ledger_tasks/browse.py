@@ -529,7 +529,9 @@ class TaskReader:
                 doing.setdefault((seen.task.session, seen.task.assignee), []).append(seen)
         found = [_as_worker(name, json.loads(about), silent, doing) for name, about in rows]
         # those that live stand still in a list, whoever of them spoke last
-        return sorted(found, key=lambda one: (not one.worker.alive, one.worker.id if one.worker.alive else ""))
+        return sorted(
+            found, key=lambda one: (not one.worker.alive, one.worker.id if one.worker.alive else "")
+        )
 
     def _moves(self, session: str | None, limit: int) -> tuple[list[Happened], datetime | None]:
         """The newest moves, oldest first, and the time before which nothing was looked at (None: it was all)."""
