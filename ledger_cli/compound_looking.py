@@ -47,9 +47,9 @@ _LOOK_SECONDS = 0.25
 @looks
 @as_json
 def progress_command(*, compound: str, follow: bool, results: bool, place: Place, json: bool) -> None:
-    """Show how a compound stands: its subtasks as a tree, costs, times.
+    """Show a compound: its subtasks as a tree, costs and times.
 
-    Wherever it runs. A subtask stands below the last one that it waits for.
+    Wherever it is executed. A subtask stands below the last one that it waits for.
     """
     tasks = place.opened()
     found = view.progress(tasks, compound)
@@ -120,7 +120,7 @@ def cancel_command(*, compound: str, reason: str, place: Place, json: bool) -> N
 @looks
 @as_json
 def export_command(*, file: Path | None, name: str | None, place: Place, json: bool) -> None:
-    """Write one line of JSON for each execution of a subtask, for billing.
+    """Write a line of JSON for each execution, for billing.
 
     To a file, or to stdout. Executions that failed or were given up are in it too, for they may have cost.
     """

@@ -191,7 +191,7 @@ def submit_command(
     if json:
         screen.json(made)
     else:
-        further = shlex.join(_again(place, ["--name", known]))
+        further = shlex.join(_again(place, [] if known == _NAME else ["--name", known]))
         screen.line(
             f"added: {printable(own)}, {made['subtask_count']:,} subtasks; then: {further} -- COMMAND"
         )
@@ -292,7 +292,7 @@ def _again(place: Place, words: Iterable[str]) -> list[str]:
 def run_command(
     *, crew: Crew, compound: str | None, name: str, until_idle: bool, results: bool, place: Place, json: bool
 ) -> int:
-    """Execute what was submitted elsewhere, or go on with what was left behind.
+    """Execute what was submitted elsewhere or left behind.
 
     With --id one compound until it has ended; else all of a name until Ctrl-C. Several may run at once and
     share the work. What was finished is not done again.
