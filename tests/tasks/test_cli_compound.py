@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,11 @@ def submit(folder: Path, *words: object, planner: str = "plans:make") -> Done:
 def plain(text: str) -> str:
     """What a terminal was told, without its colours and moves."""
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+
+
+def shows(terminal: Terminal, text: str) -> bool:
+    """Whether it was told this, in whatever colours."""
+    return text in plain(terminal.text)
 
 
 def executed(folder: Path) -> list[str]:
@@ -249,7 +255,7 @@ def test_a_compound_is_a_live_tree_on_a_terminal(folder: Path, tasks: TaskLedger
     words = ("submit", "two libraries", "--planner", "plans:make", "--id", "c-1", "--execute", "plans:gate")
     with Terminal("compound", *words, cwd=folder) as terminal:
         for text in ("▶ 1  step 1", "└─ ◔ 2  step 2", "1 of 3"):
-            eventually(lambda text=text: text in plain(terminal.text))
+            eventually(partial(shows, terminal, text))
         terminal.press("\x03")
         first = terminal.ends()
     (folder / "open").touch()
