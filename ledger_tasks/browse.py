@@ -279,7 +279,7 @@ class TaskReader:
 
     def is_empty(self) -> bool:
         """Whether there is no task at all."""
-        return not self.is_begun() or not self._ask("SELECT num FROM tasks LIMIT 1")
+        return not self.is_begun() or not self.ask("SELECT num FROM tasks LIMIT 1")
 
     def _look(self, look: Callable[[SqlBook], T], session: str | None = None) -> T:
         if not self.is_begun():
@@ -288,7 +288,8 @@ class TaskReader:
             )
         return self.store.read(session or "", look)
 
-    def _ask(self, sql: str, **values: Any) -> list[Any]:
+    def ask(self, sql: str, **values: Any) -> list[Any]:
+        """The rows of a statement."""
         return self._look(lambda book: book.do(sql, **values))
 
     # -- sums and choices --
@@ -296,22 +297,22 @@ class TaskReader:
     def sessions(self) -> list[str]:
         """The names of the first two hundred sessions."""
         sql = "SELECT session FROM task_sessions ORDER BY session LIMIT :limit"
-        return [name for (name,) in self._ask(sql, limit=_MOST_SESSIONS)]
+        return [name for (name,) in self.ask(sql, limit=_MOST_SESSIONS)]
 
     def newest_session(self) -> str:
         """The session of the newest task."""
-        found = self._ask("SELECT session FROM tasks ORDER BY num DESC LIMIT 1")
+        found = self.ask("SELECT session FROM tasks ORDER BY num DESC LIMIT 1")
         return str(found[0][0]) if found else "main"
 
     def counts(self, session: str | None = None) -> dict[TaskState, int]:
         """How many tasks are in each state."""
         test = "" if session is None else " WHERE session = :session"
-        found = dict(self._ask(f"SELECT state, COUNT(*) FROM tasks{test} GROUP BY state", session=session))
+        found = dict(self.ask(f"SELECT state, COUNT(*) FROM tasks{test} GROUP BY state", session=session))
         return {state: found[state.value] for state in TaskState if state.value in found}
 
     def choices(self) -> tuple[list[str], list[str]]:
         """Types and agents of the newest tasks, for the fields of a filter."""
-        rows = self._ask("SELECT type, assignee FROM tasks ORDER BY num DESC LIMIT :limit", limit=_CHOICES_OF)
+        rows = self.ask("SELECT type, assignee FROM tasks ORDER BY num DESC LIMIT :limit", limit=_CHOICES_OF)
         return sorted({kind for kind, _ in rows}), sorted({agent for _, agent in rows if agent})
 
     # -- pages --
@@ -329,7 +330,7 @@ class TaskReader:
         return self._search(wanted, before, limit, time.monotonic() + seconds)
 
     def _newest(self) -> int:
-        return int(self._ask("SELECT COALESCE(MAX(num), 0) FROM tasks")[0][0])
+        return int(self.ask("SELECT COALESCE(MAX(num), 0) FROM tasks")[0][0])
 
     def _page_of(self, nums: Sequence[int], limit: int) -> TaskPage:
         tasks = self._named(nums[:limit])
@@ -354,7 +355,7 @@ class TaskReader:
         inside = ", ".join(str(int(num)) for num in nums)
         if not inside:
             return []
-        rows = self._ask(f"SELECT {_SEEN} FROM whole_tasks WHERE num IN ({inside}) ORDER BY num DESC")
+        rows = self.ask(f"SELECT {_SEEN} FROM whole_tasks WHERE num IN ({inside}) ORDER BY num DESC")
         return [_seen(row) for row in rows]
 
     def _search(self, wanted: Wanted, before: int, limit: int, deadline: float) -> TaskPage:
@@ -365,7 +366,7 @@ class TaskReader:
         window = _FIRST_WINDOW
         while before > 1:
             floor, room = max(before - window, 1), limit + 1 - len(found)
-            rows = [_seen(row) for row in self._ask(sql, floor=floor, before=before, limit=room, **values)]
+            rows = [_seen(row) for row in self.ask(sql, floor=floor, before=before, limit=room, **values)]
             found += [seen for seen in rows if mentions(seen, wanted.text) and _has_tag(seen, wanted.tag)]
             # a window that was cut by its limit goes on below its last row
             before = rows[-1].num if len(rows) == room else floor
@@ -377,9 +378,7 @@ class TaskReader:
         return TaskPage(found, 0)
 
     def _added_at(self, before: int) -> datetime | None:
-        rows = self._ask(
-            f"SELECT {_SEEN} FROM whole_tasks WHERE num >= :num ORDER BY num LIMIT 1", num=before
-        )
+        rows = self.ask(f"SELECT {_SEEN} FROM whole_tasks WHERE num >= :num ORDER BY num LIMIT 1", num=before)
         return _seen(rows[0]).task.created_at if rows else None
 
     # -- one task --
@@ -409,6 +408,15 @@ class TaskReader:
         after = [(seen[link.task], link.on_failure) for link in links if link.on == num]
         return before, after
 
+    def parts(self, session: str, parent: str, kind: str, limit: int) -> list[Seen]:
+        """The first parts of a task that are of that type, in the order in which they were added."""
+        sql = (
+            f"SELECT {_SEEN} FROM whole_tasks WHERE session = :session AND parent = :parent AND parent <> ''"
+            " AND type = :kind ORDER BY num LIMIT :limit"
+        )
+        rows = self.ask(sql, session=session, parent=parent, kind=kind, limit=limit)
+        return [_seen(row) for row in rows]
+
     def ancestors(self, session: str, task: Task, limit: int = 20) -> list[Task]:
         """What it is a part of, the outermost first."""
         found: list[Task] = []
@@ -428,7 +436,7 @@ class TaskReader:
     def news(self, after: int, limit: int) -> list[Happened]:
         """What happened after that number, oldest first."""
         sql = f"SELECT {_HAPPENED} FROM task_events WHERE seq > :after ORDER BY seq LIMIT :limit"
-        return [_happened(row) for row in self._ask(sql, after=after, limit=limit)]
+        return [_happened(row) for row in self.ask(sql, after=after, limit=limit)]
 
     def events(self, session: str, task_id: str, limit: int, before: int = 0) -> list[Told]:
         """The newest events of a task, below its event number `before`; newest first."""
@@ -440,7 +448,7 @@ class TaskReader:
         values = {"session": session, "task": task_id, "before": before or _LAST, "limit": limit}
         return [
             Told._make((*row[:8], at(row[8]), json.loads(row[9]) if row[9] else None))
-            for row in self._ask(sql, **values)
+            for row in self.ask(sql, **values)
         ]
 
     # -- trees --
@@ -467,7 +475,7 @@ class TaskReader:
             f" SELECT ({least} AND tasks.parent > parents.id) FROM parents WHERE parents.id IS NOT NULL)"
             " SELECT id FROM parents WHERE id IS NOT NULL LIMIT :limit"
         )
-        return [name for (name,) in self._ask(sql, session=session, after=after, limit=_MOST_PARENTS)]
+        return [name for (name,) in self.ask(sql, session=session, after=after, limit=_MOST_PARENTS)]
 
     def tree(self, roots: Sequence[Seen], most: int, wide: int) -> list[Twig]:
         """Tasks with their parts and the parts of these, in the order of reading.
@@ -521,7 +529,7 @@ class TaskReader:
         """The workers that were seen last: those that are alive first, then the newest; one more than `limit` at most."""
         test = "" if session is None else " WHERE session = :session"
         sql = f"SELECT session, about FROM task_workers{test} ORDER BY seen DESC, id LIMIT :limit"
-        rows = self._ask(sql, session=session, limit=limit + 1)
+        rows = self.ask(sql, session=session, limit=limit + 1)
         silent = at(self._look(lambda book: book.now) - ops.SILENCE)
         doing: dict[tuple[str, str], list[Seen]] = {}
         for seen in self._held(session, _MOST_DOING) if rows else ():
@@ -536,10 +544,10 @@ class TaskReader:
     def _moves(self, session: str | None, limit: int) -> tuple[list[Happened], datetime | None]:
         """The newest moves, oldest first, and the time before which nothing was looked at (None: it was all)."""
         further = "SELECT seq, at FROM task_events ORDER BY seq DESC LIMIT 1 OFFSET :window"
-        beyond = self._ask(further, window=_EVENTS_PER_MOVE * limit)
+        beyond = self.ask(further, window=_EVENTS_PER_MOVE * limit)
         test = "" if session is None else " AND session = :session"
         sql = f"SELECT {_HAPPENED} FROM task_events WHERE seq > :floor AND kind = 'moved'{test} ORDER BY seq DESC LIMIT :limit"
-        rows = self._ask(sql, floor=beyond[0][0] if beyond else 0, limit=limit, session=session)
+        rows = self.ask(sql, floor=beyond[0][0] if beyond else 0, limit=limit, session=session)
         happened = [_happened(row) for row in reversed(rows)]
         if len(happened) == limit:
             return happened, happened[0].at

@@ -99,6 +99,16 @@ def when(value: datetime | None) -> Markup:
     return moment(None if value is None else micros_of(value))
 
 
+def isotime(text: str | None) -> Markup:
+    """A time that is kept as ISO 8601."""
+    return when(task_moment(text))
+
+
+def dollars(cost: float) -> str:
+    """An amount in US dollars: cents, and what is less than one in full."""
+    return f"${cost:,.2f}" if cost >= 1 or not cost else f"${cost:.4f}".rstrip("0").ljust(5, "0")
+
+
 def lasted(seconds: float | None) -> str:
     """How long something of a task took."""
     return "—" if seconds is None else span(max(seconds, 0.0) * 1e6)
@@ -273,6 +283,8 @@ def make_environment() -> Environment:
     made.filters |= {
         "when": when,
         "lasted": lasted,
+        "isotime": isotime,
+        "dollars": dollars,
         "branches": branches,
         "error_time": error_time,
         "task_state": task_state,

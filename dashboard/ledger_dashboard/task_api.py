@@ -19,6 +19,7 @@ from ledger_ops.values import Filter, record_dict
 from ledger_tasks import Task, TaskLedger, TaskState
 from ledger_tasks.book import Wanted
 from ledger_tasks.browse import Graph, Seen, SeenWorker, TaskReader, Timeline, Told, Twig
+from ledger_tasks.browse_compounds import SeenCompound, compound, compounds
 from ledger_tasks.model import at
 from ledger_tasks.states import ENDED, state_from
 
@@ -30,7 +31,7 @@ _PAGE, _MOST_PAGE = 50, 500
 _ROOTS, _MOST_IN_TREE, _MOST_PARTS = 30, 300, 50
 _MOST_IN_GRAPH = 200
 _MOVES, _AGENTS, _BARS = 2_000, 30, 200
-_WORKERS = 100
+_WORKERS, _SUBTASKS = 100, 200
 _NEIGHBOURS, _EVENTS, _CALLS = 50, 100, 10
 _MOST_NUMBER, _MOST_EVENT = 2**62, 2**31 - 1
 
@@ -211,6 +212,41 @@ async def get_workers(request: Request) -> Response:
         return {"workers": [one.to_dict() for one in found], "cut": is_cut}
 
     return Json(await run_in_threadpool(gather))
+
+
+@steady
+async def get_compounds(request: Request) -> Response:
+    """Compounds, newest first."""
+    limit = max(count_of(request, "limit", _PAGE, _PAGE), 1)
+    after = count_of(request, "cursor", 0, _MOST_NUMBER)
+    session = text_of(request, "session")
+    opened = await opened_for(request)
+
+    def gather() -> dict[str, Any]:
+        reader = reader_for(opened)
+        if reader.is_empty():
+            return {"compounds": [], "cursor": None, "complete": True}
+        found = compounds(reader, session, after, limit, SEARCH_SECONDS)
+        return {
+            "compounds": found.compounds,
+            "cursor": found.page.cursor or None,
+            "complete": found.page.complete,
+        }
+
+    return Json(await run_in_threadpool(gather))
+
+
+def compound_of(request: Request, reader: TaskReader) -> SeenCompound:
+    """The compound that is asked for. Raises `NoSuchTask`."""
+    return compound(reader, *named(request), _SUBTASKS)
+
+
+@steady
+async def get_compound(request: Request) -> Response:
+    """One compound, with its subtasks and what they wait for."""
+    named(request)
+    opened = await opened_for(request)
+    return Json(await run_in_threadpool(lambda: compound_of(request, reader_for(opened)).to_dict()))
 
 
 class Whole(NamedTuple):

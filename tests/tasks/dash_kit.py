@@ -8,7 +8,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from ledger import Guard
-from ledger_tasks import Claim, Dep, Task, TaskLedger, WorkerInfo
+from ledger_tasks import Claim, CompoundRunner, Dep, Task, TaskLedger, WorkerInfo
+from tests.tasks.compound_kit import plan, step
 
 
 def begun(tasks: TaskLedger, task_id: str, agent: str) -> Claim:
@@ -60,6 +61,18 @@ def tell_of_tasks(db: Path) -> None:
     tasks.close()
     with guarding(db) as guard, guard.workflow("task:report.2"):
         guard.call(fetch, {"page": 1})
+
+
+def submit_compound(tasks: TaskLedger, compound: str = "c-1", prompt: str = "compare two libraries") -> None:
+    """A compound one subtask of which has failed, what waits for it with it, and one of which goes on."""
+    steps = (step(0), step(1, tier=2), step(2, 0), step(3, 1, 2, tier=3))
+    made = plan(*steps, reasoning="the facts first")
+    with CompoundRunner(tasks, made, str, name=compound, start=False) as runner:
+        runner.submit(prompt, id=compound)
+    first = begun(tasks, f"{compound}.0", "crew")
+    tasks.complete(first, result={"licence": "MIT"}, cost=0.008, tokens=70)
+    tasks.fail(begun(tasks, f"{compound}.1", "crew"), "TimeoutError: no answer in 120 s")
+    begun(tasks, f"{compound}.2", "crew")
 
 
 def fetch(page: dict[str, int]) -> str:
