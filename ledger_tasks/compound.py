@@ -22,15 +22,7 @@ from typing import Any, Final, Self, TextIO
 from ledger import UsageError
 from ledger_tasks import compound_view as view
 from ledger_tasks.compound_crew import Crew, Execute, Orders, Route
-from ledger_tasks.compound_plan import (
-    COMPOUND,
-    TIERS,
-    Tier,
-    checked_tiers,
-    is_time_limit,
-    plan_from,
-    tasks_from,
-)
+from ledger_tasks.compound_plan import TIERS, Tier, checked_tiers, is_time_limit, plan_from, tasks_from
 from ledger_tasks.compound_run import Threads
 from ledger_tasks.errors import DuplicateTask, PoolClosed
 from ledger_tasks.model import Task, refuse_odd
@@ -48,14 +40,15 @@ class CompoundRunner:
 
     `planner(prompt)` returns `{"reasoning": …, "subtasks": [{"index", "description", "tier_hint", "depends_on"}]}`, and
     maybe a `timeout` for each. `execute(subtask)` gets a dict (id, compound, index, description, tier_hint,
-    tier_assigned, model, prompt, depends_on, inputs: results of its dependencies by index, timeout) and returns text or
+    tier_assigned, model, prompt, depends_on, inputs: results of its dependencies by index, timeout, estimate) and returns text or
     `{"result": …, "cost": …, "tokens": …}`; what it raises is the subtask's failure. It may be async. `pool` is any
     `concurrent.futures.Executor`; for one of processes or machines `execute` must be picklable. Guarded tool calls in
     it replay after a crash. `route(subtask)` may choose another tier than was planned.
 
     A thread cannot be ended: when its time is over the subtask has failed, and what it returns later is dropped. A
     thread of a pool that was handed in stays occupied by it, and a wait for a free one counts as its time, so such
-    a pool needs at least `parallel` workers. Runners of another `name` leave these compounds alone.
+    a pool needs at least `parallel` workers. Runners of another `name` leave these compounds alone; the task types
+    `compound` and `compound-subtask` are theirs.
     """
 
     def __init__(
@@ -95,7 +88,7 @@ class CompoundRunner:
         return {"id": compound, "status": "planned", "subtask_count": len(plan.steps)}
 
     def _known(self, task: Task, prompt: str) -> dict[str, Any]:
-        if task.type != COMPOUND or task.description != prompt:
+        if not view.is_compound(task) or task.description != prompt:
             raise DuplicateTask(
                 f"task {task.id!r} is there already, and is another; nothing was added. Choose another id",
                 task.id,

@@ -126,17 +126,22 @@ class Crew:
             now = time.monotonic()
             try:
                 last = self._ledger.last_seq()
+                if now - left > _LEFT:
+                    left = now
+                    self._bring_back()
+                    self.bell.ring()
                 if last != seen:
                     seen, moved, pause = last, now, _LOOK
                     self.bell.ring()
-                elif pause == _LOOK and now - moved > _QUIET and not self._is_any_unfinished():
-                    pause = _IDLE
+                elif pause == _LOOK and now - moved > _QUIET:
+                    moved, pause = now, _LOOK if self._is_any_unfinished() else _IDLE
             except LedgerError as error:
                 _log.warning("compound runner %s cannot look for work: %s", self.orders.name, error)
                 pause = _LATER
-            if now - left > _LEFT:
-                left = now
-                self.bell.ring()
+
+    def _bring_back(self) -> None:
+        if self._ledger.stale_tasks():
+            self._ledger.recover()
 
     def _is_any_unfinished(self) -> bool:
         wanted = Wanted(types=frozenset([COMPOUND]), waiting=True)
@@ -146,16 +151,20 @@ class Crew:
 
     def _fill_slot(self) -> None:
         while self.bell.wait():
-            while not self.bell.is_closed and (claim := self._claim()) is not None:
+            claim = self._claim(looks=True)
+            while claim is not None:
                 self.bell.ring(2)  # there may be more; by two, so that many slots are awake soon
                 self._work_on(claim)
+                claim = None if self.bell.is_closed else self._claim()
 
-    def _claim(self) -> Claim | None:
+    def _claim(self, *, looks: bool = False) -> Claim | None:
         orders = self.orders
+        wanted: dict[str, Any] = {"types": (COMPOUND, SUBTASK), "capabilities": (orders.name,)}
         try:
-            return self._ledger.claim_next(
-                types=(COMPOUND, SUBTASK), capabilities=(orders.name,), lease=orders.lease, start=orders.route is None
-            )  # fmt: skip
+            # who was only woken looks first: that disturbs nobody, while a claim keeps others from writing
+            if looks and self._ledger.get_next_executable_task(**wanted) is None:
+                return None
+            return self._ledger.claim_next(**wanted, lease=orders.lease, start=orders.route is None)
         except LedgerError as error:
             _log.warning("compound runner %s cannot claim: %s", orders.name, error)
             return None
@@ -165,13 +174,18 @@ class Crew:
         self._having[claim.token] = _Having(claim, held)
         self._keeper.watch(claim, lambda: held.give_up("its claim was lost"))
         try:
-            if claim.task.type == COMPOUND:
+            if not view.is_planned(claim.task):
+                self._refuse(claim, "no runner planned it")
+            elif claim.task.type == COMPOUND:
                 self._end(claim)
             else:
                 self._do(claim, held)
         except LedgerError as error:  # cancelled, taken over, or out of reach: whoever has it next sees to it
             _log.info("compound runner %s leaves task %s: %s", self.orders.name, claim.id, error)
             self._give_back(claim, str(error), _LATER)
+        except Exception as error:  # noqa: BLE001 - the slot must go on, whatever is the matter with one task
+            _log.exception("compound runner %s cannot do task %s", self.orders.name, claim.id)
+            self._refuse(claim, f"{type(error).__name__}: {error}")
         finally:
             held.give_up("it has ended")  # a thread that comes too late makes no guarded call any more
             self._keeper.forget(claim)
@@ -180,6 +194,13 @@ class Crew:
     def _give_back(self, claim: Claim, why: str, later: float = 0.0) -> None:
         with suppress(LedgerError):  # then somebody else has it, or it lapses
             self._ledger.release(claim, why, retry_in=later)
+
+    def _refuse(self, claim: Claim, why: str) -> None:
+        with suppress(LedgerError):
+            if self.orders.route is not None:
+                self._ledger.start(claim)
+        with suppress(LedgerError):
+            self._ledger.fail(claim, f"a compound runner cannot do this {claim.task.type}: {why}")
 
     def _end(self, claim: Claim) -> None:
         """All subtasks of a compound have ended: so has it."""
@@ -237,7 +258,7 @@ class Crew:
         """What its execution came to; None if it was given up."""
         if self.orders.route is not None:
             refused = self._routed(claim, subtask, held)
-            if held.is_lost:
+            if held.is_lost and refused is None:
                 return None
             self._ledger.start(claim)
             if refused is not None:

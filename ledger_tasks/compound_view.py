@@ -49,13 +49,24 @@ def progress(ledger: TaskLedger, compound: str) -> dict[str, Any]:
 def compound_of(ledger: TaskLedger, compound: str) -> Task:
     """Its task. Raises `NoSuchTask`."""
     found = named(ledger, [compound])
-    if not found or found[0].type != COMPOUND:
+    if not found or not is_compound(found[0]):
         raise NoSuchTask(
             f"there is no compound {compound!r} in session {ledger.session!r}; nothing was changed. "
             "`recent` lists those that there are",
             compound,
         )
     return found[0]
+
+
+def is_planned(task: Task) -> bool:
+    """Whether a runner planned it; a task of somebody else may be of such a type too."""
+    mark = {COMPOUND: "submitted_at", SUBTASK: "tier_hint"}.get(task.type)
+    return isinstance(task.payload, dict) and mark in task.payload
+
+
+def is_compound(task: Task) -> bool:
+    """Whether it is a compound that a runner planned."""
+    return task.type == COMPOUND and is_planned(task)
 
 
 def named(ledger: TaskLedger, names: Iterable[str]) -> list[Task]:
@@ -71,7 +82,7 @@ def named(ledger: TaskLedger, names: Iterable[str]) -> list[Task]:
 
 def parts_of(ledger: TaskLedger, compound: str) -> list[Task]:
     """Its subtasks, by their index."""
-    return [*ledger.tasks(parent=compound, type=SUBTASK)]
+    return [*filter(is_planned, ledger.tasks(parent=compound, type=SUBTASK))]
 
 
 def heading_of(whole: Task, parts: list[Task]) -> dict[str, Any]:
@@ -208,7 +219,8 @@ def _newest(ledger: TaskLedger, limit: int, name: str | None) -> list[Task]:
     wanted = Wanted(types=frozenset([COMPOUND]), newest_first=True, session=ledger.session)
     while len(found) < limit:
         page = ledger.store.read(ledger.session, lambda book: book.page(wanted, limit))
-        found += [row.task for row in page if name is None or name in row.task.capabilities]
+        tasks = (row.task for row in page if name is None or name in row.task.capabilities)
+        found += filter(is_compound, tasks)
         if len(page) < limit:
             break
         wanted.after = page[-1].num
@@ -218,7 +230,7 @@ def _newest(ledger: TaskLedger, limit: int, name: str | None) -> list[Task]:
 def _listed(ledger: TaskLedger, whole: Task) -> dict[str, Any]:
     """As it ended, or as its subtasks stand now."""
     ended = whole.result if whole.state == _S.DONE else whole.checkpoint
-    if not isinstance(ended, dict):
+    if whole.state not in ENDED or not isinstance(ended, dict):
         return heading_of(whole, parts_of(ledger, whole.id))
     told = {"completed_count": ended["completed_count"], "total_cost": ended["total_cost"]}
     return heading_of(whole, []) | told
@@ -230,7 +242,8 @@ def _listed(ledger: TaskLedger, whole: Task) -> dict[str, Any]:
 def executions(ledger: TaskLedger, *, name: str | None = None) -> Iterator[dict[str, Any]]:
     """Every execution of a subtask that has ended, also one that its process did not survive, in the order of the plans."""
     for part in ledger.tasks(type=SUBTASK):
-        if part.started_at is not None and (name is None or name in part.capabilities):
+        is_ours = part.started_at is not None and is_planned(part)
+        if is_ours and (name is None or name in part.capabilities):
             yield from (_execution(part, event) for event in ledger.events(part) if _ends_execution(event))
 
 

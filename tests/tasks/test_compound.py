@@ -460,6 +460,21 @@ def test_a_route_that_gives_no_tier_fails_the_subtask(
     assert of_index(found, "result")[0].startswith(why)
 
 
+def test_a_route_that_does_not_answer_fails_the_subtask(tasks: TaskLedger) -> None:
+    """Its time limit is that of the subtask."""
+    go = threading.Event()
+
+    def route(_: dict[str, Any]) -> int:
+        go.wait(PATIENCE)
+        return 1
+
+    with CompoundRunner(tasks, plan(step(0, timeout=0.05)), answers, route=route) as runner:
+        found = runner.wait(runner.submit("p")["id"], PATIENCE)
+        go.set()
+
+    assert ["route: no answer in 0.05 s"] == of_index(found, "result")
+
+
 # ── lists and bills ───────────────────────────────────────────────────────────────────────────────
 
 
@@ -643,3 +658,18 @@ def test_other_tasks_of_the_ledger_are_left_to_others(tasks: TaskLedger) -> None
         runner.wait(runner.submit("p")["id"], PATIENCE)
 
     assert TaskState.PENDING == tasks.get("mine").state
+
+
+@pytest.mark.parametrize("route", [None, lambda _: 1])
+def test_a_task_that_only_has_the_type_of_a_subtask_fails(tasks: TaskLedger, route: Any) -> None:
+    """It says so, the runner goes on, and lists leave it out."""
+    for kind in ("compound", "compound-subtask"):
+        tasks.add_task(kind, type=kind)
+    with CompoundRunner(tasks, plan(step(0)), answers, route=route, parallel=1) as runner:
+        found = runner.wait(runner.submit("p")["id"], PATIENCE)
+        eventually(lambda: tasks.counts().get(TaskState.FAILED) == 2)
+        listed = runner.recent()
+
+    assert "completed" == found["status"]
+    assert [found["id"]] == [one["id"] for one in listed]
+    assert "no runner planned it" in tasks.get("compound").errors[-1]["error"]

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from ledger import Guard
+from ledger import Guard, Store, StoreError
 from ledger_tasks import CompoundRunner, PoolClosed, TaskLedger, TaskState, compound_view, given_up
+from ledger_tasks.book import TaskStore
+from ledger_tasks.stores import open_tasks
 from ledger_tasks.testing import faults
 from tests.actors import PATIENCE, Stage, eventually
 from tests.tasks.compound_kit import Gates, answers, of_index, opened, plan, step
@@ -342,3 +344,77 @@ with CompoundRunner(TaskLedger(DB, quiet=True), None, execute, lease=0.5) as run
         assert "given up" == actor.line()
         actor.tell("enough")
         actor.ends_well()
+
+
+# ── a store that fails ────────────────────────────────────────────────────────────────────────────
+
+
+class Failing(TaskStore):
+    """A real store that cannot be written so many times from a moment on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.behind = open_tasks(folder / "ledger.db", {"quiet": True})
+        self.address = self.behind.address
+        self.fails = 0
+        self.refuses = False
+
+    def read(self, session: str, look: Callable[[Any], Any]) -> Any:
+        return self.behind.read(session, look)
+
+    def write(self, session: str, work: Callable[[Any], Any], *, durable: bool = True) -> Any:
+        if self.fails > 0:
+            self.fails -= 1
+            error = StoreError("the disk is not there")
+            error.refused = self.refuses
+            raise error
+        return self.behind.write(session, work, durable=durable)
+
+    def calls(self) -> Store:
+        return self.behind.calls()
+
+    def close(self) -> None:
+        self.behind.close()
+
+
+def test_an_outcome_is_recorded_when_the_store_is_back(tmp_path: Path) -> None:
+    """What was executed is not executed again because its outcome could not be written at once."""
+    store = Failing(tmp_path)
+    ran = []
+
+    def execute(subtask: dict[str, Any]) -> str:
+        ran.append(subtask["index"])
+        store.fails = 3
+        return answers(subtask)
+
+    with CompoundRunner(TaskLedger(store), plan(step(0)), execute, start=False) as planned:
+        made = planned.submit("p")
+    with CompoundRunner(TaskLedger(store), None, execute):
+        found = when_it_ended(store, made["id"])
+    store.close()
+
+    assert ("completed", [0]) == (found["status"], ran)
+
+
+def test_a_result_that_can_never_be_kept_is_a_failure(tmp_path: Path) -> None:
+    """With the store's reason; it is not tried for ever."""
+    store = Failing(tmp_path)
+
+    def execute(subtask: dict[str, Any]) -> Any:
+        store.fails, store.refuses = 1, True
+        return {"result": answers(subtask), "cost": 0.5}
+
+    with CompoundRunner(TaskLedger(store), plan(step(0)), execute, start=False) as planned:
+        made = planned.submit("p")
+    with CompoundRunner(TaskLedger(store), None, execute, parallel=1):
+        found = when_it_ended(store, made["id"])
+    store.close()
+
+    assert ["its result cannot be kept: the disk is not there"] == of_index(found, "result")
+    assert 0.5 == found["total_cost"]
+
+
+def when_it_ended(store: Failing, compound: str) -> dict[str, Any]:
+    """The full picture, looked at past the failures."""
+    tasks = TaskLedger(store.behind)
+    eventually(lambda: compound_view.progress(tasks, compound)["completed_at"] is not None)
+    return compound_view.progress(tasks, compound)
