@@ -4,7 +4,7 @@
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two verbs would install into one .venv at a time
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-unpinned check bench bench-guard bench-stores bench-tasks build clean
+.PHONY: help demo test test-unpinned check bench bench-guard bench-stores bench-tasks bench-workers build clean
 
 VENV := .venv
 UNPINNED := .venv-unpinned
@@ -57,13 +57,16 @@ check: $(VENV)/.installed-dev ## lint, format and types
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
-bench: bench-guard bench-tasks bench-stores ## all benchmarks, one after the other (BENCH_SHORT=1 for short runs)
+bench: bench-guard bench-tasks bench-workers bench-stores ## all benchmarks, one after the other (BENCH_SHORT=1 for short runs)
 
 bench-guard: $(VENV)/.installed-demo ## the guard: times and ratios to bare sqlite3
 	@$(VENV)/bin/python benchmarks/guard.py
 
 bench-stores: $(VENV)/.installed-dev ## the same on PostgreSQL and Redis, as ratios to the bare driver
 	@$(VENV)/bin/python benchmarks/stores.py
+
+bench-workers: $(VENV)/.installed-dev ## workers, as ratios to bare statements
+	@$(VENV)/bin/python benchmarks/workers.py
 
 bench-tasks: $(VENV)/.installed-dev ## the task ledger, as ratios to bare statements, and how it grows
 	@$(VENV)/bin/python benchmarks/tasks.py

@@ -367,6 +367,74 @@ def _short(tool: str) -> str:
     return name if name != "<lambda>" else tool.rsplit(".", 1)[-1]
 
 
+# ═══ What is loaded when it is first needed ═══════════════════════════════════════════
+
+
+_FORK_SECONDS: Final = 5.0  # what is loaded may itself wait for something that the fork holds
+#: of each thread that forks, which of its hooks hold the lock
+_forks: Final[dict[int, list[bool]]] = {}
+
+
+class _HalfLoaded:
+    """In the lock's place in a child whose fork waited for it in vain."""
+
+    def acquire(self, *, timeout: float) -> bool:
+        return False
+
+    def __enter__(self) -> NoReturn:
+        raise StoreError(
+            "this process was forked while another thread had been loading what its first call needs for "
+            f"more than {_FORK_SECONDS:g} s, so it is half loaded here; nothing ran. Make a first call before "
+            "you fork, or start a new process"
+        )
+
+    def __exit__(self, *_error: object) -> None:
+        pass
+
+
+#: held while something is done for the first time in this process; a fork waits for it, because a
+#: child waits for ever for what a thread that it does not have was about to load or open
+_first_time: Any = threading.RLock()  # a signal handler may call the guard anywhere
+
+
+def _wait_for_loads() -> None:
+    held = _forks.setdefault(threading.get_ident(), [])
+    held.append(_first_time.acquire(timeout=0 if held == [False] else _FORK_SECONDS))
+
+
+def _end_wait() -> list[bool]:
+    held = _forks.pop(threading.get_ident(), [])
+    for _ in filter(None, held):
+        _first_time.release()
+    return held
+
+
+def _end_wait_in_child() -> None:
+    global _first_time
+    held = _end_wait()
+    if held and not any(held):
+        _first_time = _HalfLoaded()
+    _forks.clear()
+
+
+@functools.cache
+def _wait_before_others() -> None:
+    """Let forks wait for loads before they take the locks of what is loaded so far.
+
+    The hooks of a fork run newest first, and a driver that is loaded may ask for such a lock.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=_wait_for_loads)
+
+
+def _load() -> None:
+    """Import what first calls need: nothing that has hooks or locks of its own for forks, as logging has."""
+    names = ("copy", "dis", "inspect", "numbers", "socket", "traceback", "unicodedata", "urllib.parse")
+    with _first_time:
+        for name in names:
+            __import__(name)
+
+
 # ═══ Canonical form ═══════════════════════════════════════════════════════════════════
 #
 # Text that is equal exactly when a user would call two values equal.  Everything that JSON
@@ -846,17 +914,17 @@ def _unpack_time(kind: str, packed: dict[str, Any]) -> Any:
         return module.timedelta(*packed["v"])
     value = getattr(module, kind.partition(".")[2]).fromisoformat(packed["v"])
     if packed["z"]:
-        from zoneinfo import ZoneInfo
+        with _first_time:
+            from zoneinfo import ZoneInfo
 
-        value = value.replace(tzinfo=ZoneInfo(packed["z"]))
+            value = value.replace(tzinfo=ZoneInfo(packed["z"]))
     return value.replace(fold=1) if packed["f"] else value
 
 
 def _unpack_std(module: str, name: str) -> Callable[[Any], Any]:
     def make(value: Any) -> Any:
-        import importlib
-
-        return getattr(importlib.import_module(module), name)(value)
+        with _first_time:
+            return getattr(__import__(module), name)(value)
 
     return make
 
@@ -898,18 +966,6 @@ def _class_named(name: str, known: Sequence[type]) -> Any:
 
 _COROUTINE: Final = 0x80 | 0x100  # CO_COROUTINE, CO_ITERABLE_COROUTINE
 _GENERATOR, _ASYNC_GENERATOR = 0x20, 0x200
-
-
-#: held while something is done for the first time in this process; a fork waits for it, because a
-#: child waits for ever for what a thread that it does not have was about to load or open
-_first_time: Final = threading.RLock()  # a signal handler may call the guard anywhere
-
-
-def _load() -> None:
-    """Import what first calls need."""
-    with _first_time:
-        for name in ("dis", "inspect", "logging", "socket", "traceback", "urllib.parse"):
-            __import__(name)
 
 
 class _Tool:
@@ -1938,7 +1994,9 @@ class Store:
         _ring(self._counter_lock)
 
     def _after_fork_in_child(self) -> None:
-        _ring(self._counter_lock)
+        # a lock that was waited for in vain is nobody's here, and the counters are the parent's to write
+        self._counter_lock = threading.RLock()
+        self._counters, self._uncounted = {}, set()
 
     def __getstate__(self) -> NoReturn:
         raise UsageError(
@@ -2154,7 +2212,7 @@ class _Keeper:
                     work()
                 except Exception as error:  # whatever it is, leases must be renewed
                     time.sleep(0.05)
-                    _logger().debug("the keeper will try again: %s", error)
+                    _debug(f"the keeper will try again: {error}")
         if self._thread is threading.current_thread():  # idle: what comes from now on starts another
             self._thread = None
             if self._live or self._pending or self.counting:
@@ -3404,7 +3462,7 @@ _in_fork: list[Store] = []
 
 
 def _before_fork() -> None:
-    _first_time.acquire(timeout=5)
+    _wait_for_loads()
     while True:
         try:
             _in_fork[:] = _forked
@@ -3416,13 +3474,13 @@ def _before_fork() -> None:
 
 
 def _after_fork_in_parent() -> None:
-    _ring(_first_time)
+    _end_wait()
     for store in _in_fork:
         store._after_fork_in_parent()
 
 
 def _after_fork_in_child() -> None:
-    _ring(_first_time)
+    _end_wait_in_child()
     for store in _in_fork:
         store._after_fork_in_child()
 
@@ -3634,14 +3692,31 @@ def _notice(text: str) -> None:
 
 
 def _logger() -> Any:
-    import logging
+    """The logger; None in a program that has not loaded `logging`.
 
-    return logging.getLogger("ledger")
+    It is not loaded here, in whatever thread: what a fork finds half loaded is never loaded in the child.
+    """
+    find = getattr(sys.modules.get("logging"), "getLogger", None)
+    return find and find("ledger")
+
+
+def _debug(text: str) -> None:
+    logger = _logger()
+    if logger is not None:
+        logger.debug(text)
 
 
 def _warn(text: str, *, error: BaseException | None = None) -> None:
     """Something that must not pass unseen, also when the guard is quiet."""
-    _logger().warning(text, exc_info=error)
+    logger = _logger()
+    if logger is not None:
+        logger.warning(text, exc_info=error)
+    else:
+        import traceback
+
+        _notice(
+            "".join([f"{text}\n", *(traceback.format_exception(error) if error is not None else [])]).rstrip()
+        )
 
 
 # ═══ One attempt ══════════════════════════════════════════════════════════════════════
@@ -4245,6 +4320,8 @@ def _open_server(url: str, settings: dict[str, Any]) -> Store:
                 "ledger-guard); with ledger.py alone a plain path, sqlite:///path or memory:// can be used"
             ) from error
         del settings["instant_death"]  # a lease on a server goes by its clock alone
+        __import__("logging")  # as every driver does
+        _wait_before_others()
         made = ledger_stores.open_store(url, **settings)
         _stores[key] = made
         return made
@@ -4799,7 +4876,8 @@ class Guard:
         written nothing.  Raises `UsageError`, and nothing stays written, for another database.
         """
         try:
-            from ledger_stores.transaction import Transaction
+            with _first_time:
+                from ledger_stores.transaction import Transaction
         except ImportError as error:
             raise UsageError("guard.transaction needs the whole package: pip install ledger-guard") from error
         return Transaction(self, connection)

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import ledger
 from ledger import Claim, Clock, Now, Op, Record, Run, Settle, Store, UsageError, Verdict
@@ -30,6 +30,8 @@ _COUNTS = 250
 _SUCCEEDED = 10_000
 #: how many questions of an event loop are asked at once, and how long it waits itself for their answers
 _AT_ONCE, _LOOP_SECONDS = 64, 0.25
+#: how much of its time a loop works that asks in halves
+_LEAST_WORK = 1 / 3
 #: how long an operation is repeated after its connection was lost
 RETRY_SECONDS = 5.0
 #: what a talk with a server yields when it waits for the server, and what it is told when there is something to read
@@ -71,6 +73,8 @@ class ServerStore(Store):
     namespace_does = "begin keys"
     #: how many operations of event loops are in threads at once
     connections = 16
+    #: how many talks with the server an event loop has at once, if that is faster
+    talks = 1
     #: the connections that are open, or None
     _connections: Any
 
@@ -551,19 +555,25 @@ class Lane:
 
     def __init__(self, store: ServerStore, loop: asyncio.AbstractEventLoop) -> None:
         self._store, self._loop = weakref.ref(store), weakref.ref(loop)
+        self._pace = Pace(store.talks)
         self._waiting: list[_Asked] = []
-        self._under_way: _UnderWay | None = None
+        self._under_way: list[_UnderWay] = []
         #: for the next questions, if they come at once
-        self._line: _Line | None = None
+        self._lines: list[_Line] = []
         self._timer: asyncio.TimerHandle | None = None
         self._is_due = False
 
-    async def ask(self, words: Any, unwanted: Callable[[Any], object]) -> Any:
-        """The answer; `unwanted` gets it, in whatever thread, if the caller was cancelled meanwhile."""
+    async def ask(self, words: Any, unwanted: Callable[[Any], object], *, is_brief: bool = False) -> Any:
+        """The answer; `unwanted` gets it, in whatever thread, if the caller was cancelled meanwhile.
+
+        What is brief takes the server no time in which others could ask the next.
+        """
         loop = asyncio.get_running_loop()
         asked = _Asked(words, loop.create_future(), unwanted)
         self._waiting.append(asked)
-        if self._under_way is None:
+        if len(self._waiting) >= self._pace.enough and not is_brief:
+            self._send()
+        else:
             self._send_soon(loop)
         try:
             return await asked.future
@@ -576,41 +586,46 @@ class Lane:
             raise
 
     def hand_over(self) -> None:
-        """Let a thread take the answers to what is under way: it takes long, or the loop may end before."""
-        if self._under_way is not None:
-            self._under_way.hand_over()
-            self._under_way = None
+        """Let threads take the answers to what is under way: it takes long, or the loop may end before."""
+        under_way, self._under_way = self._under_way, []
+        for one in under_way:
+            one.hand_over()
         self._send()
 
     def _send_soon(self, loop: asyncio.AbstractEventLoop) -> None:
         if not self._is_due:  # not now: other tasks are about to ask too
             self._is_due = True
-            loop.call_soon(self._send)
+            loop.call_soon(self._send_due)
+
+    def _send_due(self) -> None:
+        self._is_due = False
+        self._pace.all_asked()
+        self._send()
 
     def _send(self) -> None:
-        """Ask what is waiting; if nothing is, others may have the connection."""
-        self._is_due = False
+        """Ask what is waiting; if nothing is, others may have the connections."""
         store, loop = self._store(), self._loop()
-        if store is None or loop is None or self._under_way is not None:
+        if store is None or loop is None:
             return
-        while self._waiting and self._under_way is None and not loop.is_closed():
+        while self._waiting and len(self._under_way) < self._pace.talks and not loop.is_closed():
             asked = self._waiting[:_AT_ONCE]
             del self._waiting[:_AT_ONCE]
-            line, self._line = self._line or _listen(store, loop, self._heard), None
-            self._under_way = _UnderWay(store, asked, line)
-            self._go_on(self._under_way, None)
-        if self._under_way is None and self._line is not None:
-            self._line.release()
-            self._line = None
-        elif self._under_way is not None and self._timer is None:
+            line = self._lines.pop() if self._lines else _listen(store, loop, self._heard)
+            under_way = _UnderWay(store, asked, line)
+            self._under_way.append(under_way)
+            self._go_on(under_way, None)
+        if not self._under_way:
+            while self._lines:
+                self._lines.pop().release()
+        elif self._timer is None:
             self._timer = loop.call_later(_LOOP_SECONDS, self._look_after)
 
     def _look_after(self) -> None:
         """One timer for many questions: what is under way now may have begun only a moment ago."""
         self._timer, loop = None, self._loop()
-        if self._under_way is None or loop is None:
+        if not self._under_way or loop is None:
             return
-        left = self._under_way.begun + _LOOP_SECONDS - time.monotonic()
+        left = self._under_way[0].begun + _LOOP_SECONDS - time.monotonic()
         if left <= 0:
             self.hand_over()
         else:
@@ -622,27 +637,80 @@ class Lane:
             waits = under_way.go_on(ready)
         finally:
             if not waits:
-                self._under_way, self._line = None, under_way.line
+                self._end(under_way)
 
-    def _heard(self) -> None:
+    def _end(self, under_way: _UnderWay) -> None:
+        if under_way in self._under_way:
+            self._under_way.remove(under_way)
+        if under_way.line is not None:
+            under_way.line.under_way = None
+            self._lines.append(under_way.line)
+
+    def _heard(self, line: _Line) -> None:
         """The server said something; if it was not asked, that the connection ends."""
-        if self._under_way is not None:
-            self._go_on(self._under_way, READABLE)
-        if self._under_way is None:
-            loop = self._loop()
-            if loop is None or self._waiting:
-                self._send()
-            else:  # who was told may ask again at once
-                self._send_soon(loop)
+        under_way = line.under_way
+        if under_way is None:
+            self._lines.remove(line)
+            line.release()
+            return
+        self._go_on(under_way, READABLE)
+        if under_way in self._under_way:
+            return
+        self._pace.answered(under_way.size, len(self._waiting) + sum(one.size for one in self._under_way))
+        loop = self._loop()
+        if loop is None:
+            self._send()
+        else:  # who was told may ask again at once
+            self._send_soon(loop)
 
 
-class _Line(NamedTuple):
+class Pace:
+    """How much a loop asks at once: all that its tasks ask, or in two halves, by turns.
+
+    While the server sees to one half, the loop sees to the other.  But what costs the same for one question as
+    for many (the fsync of the server's disk, a turn on a crowded machine) is then paid twice; so a loop that
+    works for little of its time asks all at once.
+    """
+
+    def __init__(
+        self,
+        most: int,
+        clock: Callable[[], float] = time.monotonic,
+        worked: Callable[[], float] = time.thread_time,
+    ) -> None:
+        self._most, self._clock, self._worked = most, clock, worked
+        #: how many talks with the server there may be, and how many questions begin one without waiting for more
+        self.talks, self.enough = 1, _AT_ONCE
+        self._told = 0
+        #: how much of its time the loop works, as it was at those readings of the clocks
+        self._work, self._seen = 0.5, (clock(), worked())
+
+    def answered(self, count: int, others: int) -> None:
+        """So many tasks were told, and so many others wait for the server or to be sent."""
+        seen = self._clock(), self._worked()
+        period, work = (now - before for now, before in zip(seen, self._seen, strict=True))
+        self._seen = seen
+        if 0 <= work <= period > 0:  # another thread may run the loop by now
+            self._work += (work / period - self._work) / 8
+        self.talks = self._most if self._work > _LEAST_WORK else 1
+        self._told += count
+        self.enough = -(-(self._told + others) // self.talks)
+
+    def all_asked(self) -> None:
+        """All who were told had their turn."""
+        self._told, self.enough = 0, _AT_ONCE
+
+
+class _Line:
     """A connection that an event loop listens to."""
 
-    connections: Any
-    db: Any
-    loop: asyncio.AbstractEventLoop
-    number: int
+    __slots__ = ("connections", "db", "loop", "number", "under_way")
+
+    def __init__(self, connections: Any, db: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self.connections, self.db, self.loop = connections, db, loop
+        self.number: int = db.fileno()
+        #: what is asked on it
+        self.under_way: _UnderWay | None = None
 
     def leave(self) -> None:
         """Listen no more."""
@@ -655,19 +723,21 @@ class _Line(NamedTuple):
         self.connections.give(self.db)
 
 
-def _listen(store: ServerStore, loop: asyncio.AbstractEventLoop, heard: Callable[[], object]) -> _Line | None:
+def _listen(
+    store: ServerStore, loop: asyncio.AbstractEventLoop, heard: Callable[[_Line], object]
+) -> _Line | None:
     """A connection that was idle; None if there is none, or the loop cannot listen: then a thread has to ask."""
     connections = store._connections
     db = connections.idle() if connections is not None else None
     if db is None:
         return None
     try:
-        number = db.fileno()
-        loop.add_reader(number, heard)
+        line = _Line(connections, db, loop)
+        loop.add_reader(line.number, heard, line)
     except Exception:  # noqa: BLE001 - Windows' loop has no readers, and what else is wrong the thread is told
         connections.give(db)
         return None
-    return _Line(connections, db, loop, number)
+    return line
 
 
 class _UnderWay:
@@ -679,7 +749,14 @@ class _UnderWay:
         self.line = line
         self._loop = asked[0].future.get_loop()
         self.begun = time.monotonic()
-        self._talk = line and store._talk(line.db, self._words())
+        self._talk: Talk | None = None
+        if line is not None:
+            self._talk, line.under_way = store._talk(line.db, self._words()), self
+
+    @property
+    def size(self) -> int:
+        """How many questions these are."""
+        return len(self._asked)
 
     def _words(self) -> list[Any]:
         return [asked.words for asked in self._asked]

@@ -226,6 +226,17 @@ class MongoStore(DocumentStore):
         # a dot, which no namespace has, so that none is another's texts
         return _Opened(client, firm, rest, database.get_collection(f"{self.namespace}.texts"))
 
+    @contextmanager
+    def collection(self, name: str) -> Iterator[Collection[dict[str, Any]]]:
+        """Another collection of this namespace, for what needs a majority; it is open to the end of the block."""
+        self._look_up()
+        with self._opened() as db:
+            yield db.firm.database.get_collection(f"{self.namespace}.{name}")
+
+    def server_time(self) -> int:
+        """UTC microseconds of the server."""
+        return self._server_time()
+
     def _translated(self, error: Exception) -> StoreError:
         """An error of the driver in our words; the server's own may quote arguments, and stay in the cause."""
         code = getattr(error, "code", None) or 0

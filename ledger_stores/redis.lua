@@ -67,11 +67,12 @@ end
 local call, key, latest, first, won, counted    -- the last four: see `head` above
 local older                                     -- the run of the claim in question, if it is not the newest
 local waited                                    -- whether somebody is to be told of its end
+local first_row                                 -- the row of run 1, not read yet: mostly it is what is asked for
 
 local function open(name, token)
   call, key = name, prefix .. 'call:' .. name
-  local found = redis.call('HMGET', key, 'head', 'owner:' .. (token or ''), 'waited')
-  older, waited = tonumber(found[2] or ''), found[3]
+  local found = redis.call('HMGET', key, 'head', 'owner:' .. (token or ''), 'waited', '1:row')
+  older, waited, first_row = tonumber(found[2] or ''), found[3], found[4]
   if found[1] then
     latest, first, won, counted = string.match(found[1], '^(%d+) (%d+) (%d+) (.*)$')
     latest, won = tonumber(latest), tonumber(won)
@@ -81,7 +82,12 @@ local function open(name, token)
 end
 
 local function read(run)
-  local found = redis.call('HGET', key, run .. ':row')
+  local found = run == 1 and first_row
+  if found then
+    first_row = nil                             -- it may be changed from here on
+  else
+    found = redis.call('HGET', key, run .. ':row')
+  end
   return found and cjson.decode(found)
 end
 
@@ -121,7 +127,12 @@ local function server_time()
   return t[1] * 1000000 + t[2]
 end
 
+local function as_text(number)
+  return string.format('%.0f', number)
+end
+
 local now = server_time()
+local at_now = as_text(now)
 
 -- what an operation returns; an error of the server keeps its code, which Redis 6 would bury in a text
 local function answer(perform)
@@ -129,10 +140,6 @@ local function answer(perform)
   if ok then return reply end
   local told = type(reply) == 'table' and reply.err or reply
   return redis.error_reply(string.match(told, '^@user_script: %d+: %-(.+)$') or told)
-end
-
-local function as_text(number)
-  return string.format('%.0f', number)
 end
 
 local pending = {}                              -- fields and values of the call that wait for one HSET
@@ -194,11 +201,16 @@ local function add(sum, tool, n)
   redis.call('HINCRBY', prefix .. 'totals', sum .. ' ' .. tool, n)
 end
 
--- one event, numbered without a gap; n counts towards the totals
-local function note(kind, run, row, n, detail)
-  local seq = as_text(redis.call('HINCRBY', meta, 'seq', 1))
+-- the number of the next event, without a gap
+local function next_seq()
+  return as_text(redis.call('HINCRBY', meta, 'seq', '1'))
+end
+
+-- one event; n counts towards the totals
+local function note(kind, run, row, n, detail, seq)
+  seq = seq or next_seq()
   local event = {
-    'call', call, 'run', run, 'kind', kind, 'at', as_text(now), 'tool', row.tool, 'wf', row.wf,
+    'call', call, 'run', run, 'kind', kind, 'at', at_now, 'tool', row.tool, 'wf', row.wf,
     'caller', row.caller, 'n', n,
   }
   if detail then
@@ -249,21 +261,19 @@ local function move(run, row, change, detail)
     row[name] = value or nil
   end
   set(run .. ':row', cjson.encode(row))
-  if had_effect(row) and not won_before then
+  local wins, recounts = had_effect(row) and not won_before, counts_since(row) ~= counted_before
+  if wins then
     won = math.max(won, run)
-    set_head()
-    add('executed', row.tool, 1)
+    add('executed', row.tool, '1')
   end
-  if counts_since(row) ~= counted_before then
-    recount(run, counts_since(row))
-    set_head()
-  end
+  if recounts then recount(run, counts_since(row)) end
+  if wins or recounts then set_head() end
   write()
   if run == latest then
     stand(stood, row)
   end
   if was == 'running' and row.status ~= 'running' then
-    note(row.status, run, row, 1, detail)
+    note(row.status, run, row, '1', detail)
   end
 end
 
@@ -334,12 +344,12 @@ local function close(last, token, answered, forced)
   answered = answered and not last.released
   if last.status == 'running' then
     local release = not answered and forced and '1' or last.released
-    move(latest, last, {status = answered and 'failed' or 'doubt', ended = as_text(now), closed_by = token,
+    move(latest, last, {status = answered and 'failed' or 'doubt', ended = at_now, closed_by = token,
       released = release})
     return not answered
   end
   if last.status == 'doubt' and answered then
-    move(latest, last, {status = 'failed', ended = as_text(now), closed_by = token})
+    move(latest, last, {status = 'failed', ended = at_now, closed_by = token})
     note('resolved', latest, last, 0, 'reconcile: not done')
   elseif last.status == 'doubt' and forced then
     move(latest, last, {released = '1'})
@@ -347,18 +357,28 @@ local function close(last, token, answered, forced)
   return false
 end
 
+-- put down the row of the next run, before all that goes with it; false if there is one. That of run 1 waits for
+-- the rest of its call: there the number of its event is what is written, or refused, first
+local function begin(run, row)
+  local text = cjson.encode(row)
+  if run > 1 then return redis.call('HSETNX', key, run .. ':row', text) == 1 end
+  set('1:row', text)
+  return not first_row
+end
+
 local function insert(run, row, given)
+  local seq, is_new = next_seq(), not first
+  first = first or seq
   set_texts(run, given)
-  local seq = note('claimed', run, row, 1)
-  if not first then
-    first = seq
-    redis.call('ZADD', prefix .. 'calls', first, call)
-    redis.call('ZADD', prefix .. 'calls:' .. row.wf, first, call)
-    add('actions', row.tool, 1)
-  end
   set_head()
   write()
-  add('claims', row.tool, 1)
+  note('claimed', run, row, '1', nil, seq)
+  if is_new then
+    redis.call('ZADD', prefix .. 'calls', first, call)
+    redis.call('ZADD', prefix .. 'calls:' .. row.wf, first, call)
+    add('actions', row.tool, '1')
+  end
+  add('claims', row.tool, '1')
 end
 
 local function claim(name, token, tool, wf, caller, max, ttl, lease, on_doubt, forced, seen_run, seen_owner,
@@ -376,10 +396,9 @@ local function claim(name, token, tool, wf, caller, max, ttl, lease, on_doubt, f
   end
   if closed then return no_entry() end
   local run, anchor = latest + 1, won + 1
-  local row = {tool = tool, wf = wf, caller = caller, owner = token, started = as_text(now), lease = lease,
+  local row = {tool = tool, wf = wf, caller = caller, owner = token, started = at_now, lease = lease,
     status = 'running', forced = forced == '1' and '1' or nil}
-  -- the claim itself, before all that goes with it
-  if redis.call('HSETNX', key, run .. ':row', cjson.encode(row)) == 0 then
+  if not begin(run, row) then
     return redis.error_reply('LEDGER run ' .. run .. ' of call ' .. call .. ' is there although the newest'
       .. ' is ' .. latest .. ': its key was changed by somebody else')
   end
@@ -413,7 +432,7 @@ local function late(run, row, ending, result, err)
   elseif told[2] == '' then
     redis.call('HDEL', key, run .. ':error')
   end
-  move(run, row, {late = ending, late_at = as_text(now)})
+  move(run, row, {late = ending, late_at = at_now})
   note('late', run, row, ending == 'success' and 1 or 0, ending)
 end
 
@@ -433,7 +452,7 @@ local function settle(name, token, ending, ...)
     return told('late', run)
   end
   set_texts(run, given)
-  move(run, row, {status = ending, ended = as_text(now), closed_by = token}, err)
+  move(run, row, {status = ending, ended = at_now, closed_by = token}, err)
   wake()
   return told('settled')
 end
@@ -457,14 +476,14 @@ local function count_tally(tool, wf, caller, args, err, kind, times, run)
   local seq = note(kind, run, {tool = tool, wf = wf, caller = caller}, times, err)
   if is_new then
     redis.call('HSET', tally, 'tool', tool, 'wf', wf, 'caller', caller, 'ran', 0, 'raised', 0,
-      'first', seq, 'created', as_text(now))
+      'first', seq, 'created', at_now)
     if args then redis.call('HSET', tally, 'args', args) end
     redis.call('ZADD', prefix .. 'tallies', seq, call)
     redis.call('ZADD', prefix .. 'tallies:' .. wf, seq, call)
     add('actions', tool, 1)
   end
   redis.call('HINCRBY', tally, kind, times)
-  redis.call('HSET', tally, 'touched', as_text(now))
+  redis.call('HSET', tally, 'touched', at_now)
   if err then
     redis.call('HSET', tally, 'error', err)
     redis.call('ZADD', prefix .. 'raised:' .. tool, redis.call('HGET', tally, 'first'), call)
@@ -525,7 +544,7 @@ local function release(name, token, seen_run, seen_owner, max, ttl, why)
     end
   end
   if last.status == 'running' then
-    move(latest, last, {status = 'doubt', ended = as_text(now), closed_by = token, released = '1'})
+    move(latest, last, {status = 'doubt', ended = at_now, closed_by = token, released = '1'})
   else
     move(latest, last, {released = '1'})
   end
@@ -547,7 +566,7 @@ local function resolve(name, token, seen_run, seen_owner, done, reconciled, why,
   if done and result then
     set(latest .. ':result', result)
   end
-  move(latest, last, {status = done and 'success' or 'failed', ended = as_text(now), closed_by = token,
+  move(latest, last, {status = done and 'success' or 'failed', ended = at_now, closed_by = token,
     released = false})
   if done and not result then
     redis.call('HDEL', key, latest .. ':result')
@@ -616,7 +635,7 @@ end
 -- a call with a live run in that list of calls
 local function live_in(list)
   for _, tool in ipairs(tools()) do
-    local alive = redis.call('ZRANGEBYSCORE', prefix .. 'running:' .. tool, '(' .. as_text(now), '+inf')
+    local alive = redis.call('ZRANGEBYSCORE', prefix .. 'running:' .. tool, '(' .. at_now, '+inf')
     for _, name in ipairs(alive) do
       if redis.call('ZSCORE', list, name) then return name end
     end
@@ -625,7 +644,7 @@ local function live_in(list)
 end
 
 local function note_reset(scope, wf, detail)
-  local event = {'kind', 'reset', 'at', as_text(now), 'n', 0}
+  local event = {'kind', 'reset', 'at', at_now, 'n', 0}
   if scope == 'wf' then
     event[7], event[8] = 'wf', wf
   end
@@ -633,8 +652,7 @@ local function note_reset(scope, wf, detail)
     event[#event + 1] = 'detail'
     event[#event + 1] = detail
   end
-  local seq = as_text(redis.call('HINCRBY', meta, 'seq', 1))
-  redis.call('XADD', prefix .. 'events', seq .. '-0', unpack(event))
+  redis.call('XADD', prefix .. 'events', next_seq() .. '-0', unpack(event))
 end
 
 -- forget up to `limit` calls of a list from a place on; the first step refuses while one of all lives
@@ -672,7 +690,7 @@ if operation == 'reset_scope' then return answer(reset_scope) end
 -- ── looking ───────────────────────────────────────────────────────────────────────────
 
 if operation == 'now' then
-  return as_text(now)
+  return at_now
 end
 
 -- those of these calls that have no live run; whoever ends one of the others tells on the channel. A server
@@ -694,12 +712,11 @@ end
 -- tool, actions, claims, executed, blocked, failed, in doubt, suspended, running, …
 local function totals()
   local found = {}
-  local time = as_text(now)
   for _, tool in ipairs(tools()) do
     local sums = redis.call('HMGET', prefix .. 'totals', 'actions ' .. tool, 'claims ' .. tool,
       'executed ' .. tool, 'blocked ' .. tool)
     local running = prefix .. 'running:' .. tool
-    local lapsed = redis.call('ZCOUNT', running, '-inf', time)
+    local lapsed = redis.call('ZCOUNT', running, '-inf', at_now)
     found[#found + 1] = {tool, sums[1], sums[2] or 0, sums[3] or 0, sums[4] or 0,
       redis.call('ZCARD', prefix .. 'failed:' .. tool),
       redis.call('ZCARD', prefix .. 'doubt:' .. tool) + lapsed,
@@ -726,7 +743,7 @@ local function last_errors()
 end
 
 local function check()
-  redis.call('HSET', meta, 'checked', as_text(now))
+  redis.call('HSET', meta, 'checked', at_now)
   return 'checked'
 end
 
@@ -834,8 +851,7 @@ local function receive_event()
       event[#event + 1] = value
     end
   end
-  local seq = as_text(redis.call('HINCRBY', meta, 'seq', 1))
-  redis.call('XADD', prefix .. 'events', seq .. '-0', unpack(event))
+  redis.call('XADD', prefix .. 'events', next_seq() .. '-0', unpack(event))
 end
 
 local function is_empty()

@@ -82,6 +82,7 @@ _WROTE = (
     b"more",
     b"checked",
     b"stepped",
+    b"committed",
 )
 _ADVICE: tuple[tuple[type[Exception], str], ...] = (
     (redis.AuthenticationError, "see that user and password are right"),
@@ -99,6 +100,7 @@ _ADVICE: tuple[tuple[type[Exception], str], ...] = (
 class RedisStore(ServerStore):
     """Calls in one Redis database; `namespace` is the hash tag that all keys begin with."""
 
+    talks = 2
     #: the script that every operation runs
     source: ClassVar[str] = resources.files("ledger_stores").joinpath("redis.lua").read_text("utf-8")
 
@@ -114,7 +116,7 @@ class RedisStore(ServerStore):
     ) -> None:
         super().__init__(url, namespace=namespace, sync=sync, lock_seconds=lock_seconds, clock=clock)
         self.replicas = int(self._options.get("replicas", replicas))
-        self._sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
+        self._sha = _sha_of(self.source)
         self._prefix = f"{{{self.namespace}}}:"
         self._meta = f"{self._prefix}meta"
         self._warned = False
@@ -223,6 +225,10 @@ class RedisStore(ServerStore):
         may be asked twice.
         """
         reply, have = self._insist(self._run_script, words, replicas)
+        return self._confirmed(reply, have, replicas)
+
+    def _confirmed(self, reply: Any, have: int, replicas: int) -> Any:
+        """A reply that means what was asked for, and that as many replicas have as should."""
         if reply == b"replaced":
             raise self._replaced()
         if isinstance(reply, list) and reply[:1] == [b"closed"]:
@@ -260,13 +266,19 @@ class RedisStore(ServerStore):
     def _run_script(self, connection: Any, words: tuple[Any, ...], replicas: int) -> tuple[Any, int]:
         """The script's reply, and how many replicas have what it wrote."""
         have = replicas
-        [reply] = self._replies(connection, [words])
+        reply = _answer(connection, self._evalsha(words))
+        if isinstance(reply, redis.exceptions.NoScriptError):
+            [reply] = self._replies(connection, [words])
         if isinstance(reply, Exception):
             raise reply
-        if replicas and _kind_of(reply) in _WROTE:  # on the connection that wrote
-            _send(connection, ("WAIT", replicas, int(min(_CONNECT_SECONDS, self._patience) * 900)))
-            have = connection.read_response()
+        if replicas and _kind_of(reply) in _WROTE:
+            have = self._wait_for(connection, replicas)
         return reply, have
+
+    def _wait_for(self, connection: Any, replicas: int) -> int:
+        """How many replicas have what was written on this connection."""
+        _send(connection, ("WAIT", replicas, int(min(_CONNECT_SECONDS, self._patience) * 900)))
+        return int(connection.read_response())
 
     def _replies(self, connection: Any, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
         """What the script replies to several operations, none of which waits for another; errors stand in place."""
@@ -307,6 +319,28 @@ class RedisStore(ServerStore):
     def _look(self, *commands: tuple[Any, ...]) -> list[Any]:
         """What the server answers to these commands, none of which writes: one round trip."""
         return self._insist(_exchange_or_raise, commands)
+
+    def run(self, source: str, name: str, *words: Any, replicas: int = 0) -> Any:
+        """What another script answers that works on a key of this namespace: one round trip, one more for replicas.
+
+        It is given the key `name`, the operation, the id of the ledger and the rest; it may be run twice, and answers
+        `replaced` for another id.
+        """
+        reply, have = self._insist(self._run_other, source, f"{self._prefix}{name}", words, replicas)
+        return self._confirmed(reply, have, replicas)
+
+    def _run_other(
+        self, connection: Any, source: str, key: str, words: tuple[Any, ...], replicas: int
+    ) -> tuple[Any, int]:
+        operation, *rest = words
+        asked = (1, key, operation, self._id, *rest)
+        [reply] = _exchange(connection, [("EVALSHA", _sha_of(source), *asked)])
+        if isinstance(reply, redis.exceptions.NoScriptError):
+            [reply] = _exchange(connection, [("EVAL", source, *asked)])
+        if isinstance(reply, Exception):
+            raise reply
+        wrote = replicas and _kind_of(reply) in _WROTE
+        return reply, self._wait_for(connection, replicas) if wrote else replicas
 
     # -- operations --
 
@@ -366,7 +400,8 @@ class RedisStore(ServerStore):
             return Verdict(kind, row, None, int(anchor))
         assert isinstance(op, Claim)  # noqa: S101 - only a claim is granted, and who asks knows the rest
         run, started = map(int, mine)
-        return Verdict(kind, op.first_row(started, -op.lease)._replace(run=run), row, int(anchor))
+        made = op.first_row(started, -op.lease)
+        return Verdict(kind, made if run == 1 else made._replace(run=run), row, int(anchor))
 
     def reset(self, wf: str | None, asked: int, *, force: bool = False, why: str = "") -> None:
         """Forget every call of a workflow (None: of all); up to 500 in one step, of more 500 in each.
@@ -397,10 +432,10 @@ class RedisStore(ServerStore):
         return _rows_from(call, self._look(("HGETALL", f"{self._prefix}call:{call}"))[0])
 
     def _reread(self, call: str, run: int, owner: str) -> Sequence[Brief]:
-        return _brief_from(self._look(self._brief_words(call, run))[0], run, owner)
+        return _brief_from(self._insist(_answer_or_raise, self._brief_words(call, run)), run, owner)
 
     async def _reread_async(self, call: str, run: int, owner: str) -> Sequence[Brief]:
-        found = await self._lane().ask(self._brief_words(call, run), lambda _: None)
+        found = await self._lane().ask(self._brief_words(call, run), lambda _: None, is_brief=True)
         return _brief_from(found, run, owner)
 
     def _brief_words(self, call: str, run: int) -> tuple[Any, ...]:
@@ -725,14 +760,12 @@ class _Listener:
 
 def _packed(words: Sequence[Any]) -> bytes:
     """Words as the server reads them; the driver's own packing takes longer than the server's work."""
-    parts: list[bytes] = []
+    parts: list[str] = []
     for word in words:
-        if isinstance(word, str):
-            data = word.encode("utf-8", "surrogatepass")
-        else:
-            data = word if isinstance(word, bytes) else b"%d" % word
-        parts += (b"$%d\r\n" % len(data), data, b"\r\n")
-    return b"".join(parts)
+        text = word if isinstance(word, str) else word.decode() if isinstance(word, bytes) else str(word)
+        size = len(text if text.isascii() else text.encode("utf-8", "surrogatepass"))
+        parts.append(f"${size}\r\n{text}\r\n")
+    return "".join(parts).encode("utf-8", "surrogatepass")
 
 
 def _send(connection: Any, *commands: Sequence[Any]) -> None:
@@ -756,6 +789,41 @@ def _exchange(connection: Any, commands: Sequence[tuple[Any, ...]]) -> list[Any]
     return found
 
 
+def _answer(connection: Any, command: tuple[Any, ...]) -> Any:
+    """The same of one command with a short answer, which the driver's parser takes longer to read.
+
+    What kind of error it is the driver knows: it is asked again, as any command may be.
+    """
+    _send(connection, command)
+    try:
+        plug = _plug_of(connection)
+        return connection.read_response() if plug is None else _read_one(plug)
+    except redis.ResponseError:
+        return _exchange(connection, [command])[0]
+
+
+def _answer_or_raise(connection: Any, command: tuple[Any, ...]) -> Any:
+    answer = _answer(connection, command)
+    if isinstance(answer, redis.ResponseError):
+        raise answer
+    return answer
+
+
+def _read_one(plug: socket.socket) -> Any:
+    """The reply on a socket that waits as long as the driver told it to."""
+    heard = bytearray()
+    try:
+        while (found := _reply_at(heard, 0)) is None:
+            if not (words := plug.recv(_RECEIVED)):
+                raise redis.ConnectionError("Connection closed by server.")
+            heard += words
+    except TimeoutError as error:
+        raise redis.TimeoutError("Timeout reading from socket") from error
+    except OSError as error:
+        raise redis.ConnectionError(f"Error while reading from socket: {error}") from error
+    return found[0]
+
+
 def _exchange_or_raise(connection: Any, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
     """The same; the first error is raised in the end."""
     found = _exchange(connection, commands)
@@ -775,6 +843,11 @@ def _given(**texts: str | None) -> Iterator[str]:
         if text is not None:
             yield name
             yield text
+
+
+@functools.lru_cache(8)
+def _sha_of(source: str) -> str:
+    return hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
 
 
 def _or_empty(value: Any) -> Any:

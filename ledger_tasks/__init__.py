@@ -52,12 +52,12 @@ if TYPE_CHECKING:
     from ledger_tasks.worker import Worker
 
 __all__ = [
-    "NEXT", "AsyncTaskContext", "AsyncTaskLedger", "Awareness", "BadPlan", "Breaker", "Claim", "CommandExecutor",
-    "CompoundRunner", "Conflict", "Delivery", "Dep", "DependencyCycle", "DuplicateTask", "Figures",
-    "InvalidTransition", "Item", "Metrics", "NoSuchTask", "NotHolder", "PoolClosed", "Section", "Spread",
-    "StatusEvent", "SubtaskFailed", "Tampered", "Task", "TaskContext", "TaskError", "TaskEvent", "TaskLedger",
-    "TaskState", "TaskType", "Tier", "Verdict", "Worker", "WorkerInfo", "create_ledger_for_user_prompt", "given_up",
-    "ledger_for_session", "register_ledger_for_session",
+    "NEXT", "AsyncTaskContext", "AsyncTaskLedger", "Awareness", "BadPlan", "Breaker", "Claim",
+    "CommandExecutor", "CompoundRunner", "Conflict", "Delivery", "Dep", "DependencyCycle", "DuplicateTask",
+    "Figures", "InvalidTransition", "Item", "Metrics", "NoSuchTask", "NotHolder", "PoolClosed", "Section",
+    "Spread", "StatusEvent", "SubtaskFailed", "Tampered", "Task", "TaskContext", "TaskError", "TaskEvent",
+    "TaskLedger", "TaskState", "TaskType", "Tier", "Verdict", "Worker", "WorkerInfo",
+    "create_ledger_for_user_prompt", "given_up", "ledger_for_session", "register_ledger_for_session",
 ]  # fmt: skip
 
 #: what few programs need, and what takes long to load

@@ -180,6 +180,10 @@ class Book(ABC):
         """A page of tasks, in the order in which they were added."""
 
     @abstractmethod
+    def filed(self, task_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """By what each of these tasks is found, apart from its document: state, lane, type, and so on."""
+
+    @abstractmethod
     def counts(self) -> dict[str, int]:
         """How many tasks are in each state."""
 
@@ -247,6 +251,13 @@ class TaskStore(ABC):
     @abstractmethod
     def write(self, session: str, work: Callable[[Any], T], *, durable: bool = True) -> T:
         """Do the work in one transaction and return after its commit; it may be done again, see `Book.again`."""
+
+    def is_begun(self) -> bool:
+        """Whether there is anything to look at; makes nothing."""
+        return True
+
+    def forget(self) -> None:  # noqa: B027 - most have no copy
+        """Read anew, the next time, what is only a copy here."""
 
     @abstractmethod
     def calls(self) -> ledger.Store:

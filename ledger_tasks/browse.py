@@ -273,8 +273,7 @@ class TaskReader:
     def is_begun(self) -> bool:
         """Whether there are tables of tasks: looking makes none."""
         if not self._is_begun:
-            calls: Any = self.store.calls()
-            self._is_begun = bool(calls.browse("SELECT value FROM meta WHERE name = 'tasks'"))
+            self._is_begun = self.store.is_begun()
         return self._is_begun
 
     def is_empty(self) -> bool:

@@ -19,7 +19,6 @@ import re
 import sqlite3
 import threading
 import time
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,8 +27,9 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
 import ledger
-from ledger import SqliteStore, StoreError, UsageError
+from ledger import SqliteStore, StoreError
 from ledger_tasks.book import Row, TaskStore, Wanted, columns_of
+from ledger_tasks.memory import STORES, empty_tables, translated, writing
 from ledger_tasks.model import EVENT_COLUMNS, TaskEvent, WorkerInfo
 from ledger_tasks.portable import (
     Lines,
@@ -42,7 +42,7 @@ from ledger_tasks.portable import (
     sync_folder,
 )
 from ledger_tasks.sql import event_statement
-from ledger_tasks.sqlite import SqliteBook, schema
+from ledger_tasks.sqlite import SqliteBook
 
 T = TypeVar("T")
 _LOCK: Final = ".ledger-tasks.lock"
@@ -52,7 +52,6 @@ _KEPT: Final = 100
 _TRIES: Final = 1_000
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 _INSERT_EVENT: Final = event_statement(":seq")
-_stores: weakref.WeakSet[JsonTaskStore] = weakref.WeakSet()
 
 
 def file_name(session: str) -> str:
@@ -170,15 +169,23 @@ class JsonTaskStore(TaskStore):
         self._seen: set[Path] = set()
         self._calls: SqliteStore | None = None
         self._begin()
-        _stores.add(self)
+        STORES.add(self)
 
     def _begin(self) -> None:
         self._kept: OrderedDict[Path, _Loaded] = OrderedDict()
         self._locks: set[int] = set()
         self.mutex = threading.RLock()
 
-    def after_fork(self) -> None:
-        """In a child: the locks are the parent's, the memory is its own."""
+    def before_fork(self) -> None:
+        """Let nobody in."""
+        self.mutex.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self.mutex.release()
+
+    def after_fork_in_child(self) -> None:
+        """The locks are the parent's, the memory is its own."""
         for handle in self._locks:
             os.close(handle)
         self._locks.clear()
@@ -188,12 +195,12 @@ class JsonTaskStore(TaskStore):
 
     def read(self, session: str, look: Callable[[Any], T]) -> T:
         """On the file as it stands; makes none."""
-        with self.mutex, _translated(self.address):
+        with self.mutex, translated(self.address):
             return look(JsonBook(self, self._load(self._path(session), session), session))
 
     def write(self, session: str, work: Callable[[Any], T], *, durable: bool = True) -> T:
         """Under the folder's lock; the file is on disk before this returns."""
-        with self._locked() as lock, self.mutex, _translated(self.address):
+        with self._locked() as lock, self.mutex, translated(self.address):
             newest = self._newest(lock)
             found = self._load(self._path(session), session)
             book = JsonBook(self, found, session, newest)
@@ -208,19 +215,13 @@ class JsonTaskStore(TaskStore):
     def _writing(self, found: _Loaded) -> Iterator[None]:
         """A transaction in memory; after a failure what memory has is forgotten, for the file may have less or more."""
         before = found.db.total_changes
-        found.db.execute("PRAGMA query_only = 0")
-        found.db.execute("BEGIN")
         try:
-            yield
+            with writing(found.db):
+                yield
         except BaseException:
-            found.db.execute("ROLLBACK")
             if found.db.total_changes != before:
                 self._kept.pop(found.path, None)
             raise
-        else:
-            found.db.execute("COMMIT")
-        finally:
-            found.db.execute("PRAGMA query_only = 1")
 
     def calls(self) -> ledger.Store:
         """`calls.db` in the same folder; opened when first used."""
@@ -426,18 +427,6 @@ def _write_all(handle: int, text: bytes) -> None:
         rest = rest[os.write(handle, rest) :]
 
 
-@contextmanager
-def _translated(where: str) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise StoreError(
-            f"{where}: the tasks could not be worked with ({error}); nothing was changed"
-        ) from error
-    except (UnicodeError, OverflowError) as error:
-        raise UsageError(f"{where}: nothing was written: a value cannot be stored ({error})") from error
-
-
 def _refuse_name(path: Path, session: str) -> NoReturn:
     raise StoreError(
         f"{path} holds session {session!r}, whose file is {file_name(session)}; it was left as it is. Give it that name, "
@@ -459,9 +448,7 @@ def _head(path: Path) -> tuple[str, dict[str, Any]]:
 
 def _tables(path: Path, session: str) -> _Loaded:
     """An empty session in memory."""
-    db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-    db.executescript(schema())
-    return _Loaded(path, session, db)
+    return _Loaded(path, session, empty_tables())
 
 
 def _from_story(path: Path, story: Story) -> _Loaded:
@@ -489,30 +476,3 @@ def _lines_of(story: Story) -> Lines:
     for row in story.rows.values():
         lines.put(row)
     return lines
-
-
-# a fork waits until nobody is inside: what the child has in memory is whole then
-
-
-def _before_fork() -> None:
-    _forking.extend(_stores)
-    for store in _forking:
-        store.mutex.acquire()
-
-
-def _after_fork_in_parent() -> None:
-    for store in _forking:
-        store.mutex.release()
-    _forking.clear()
-
-
-def _after_fork_in_child() -> None:
-    for store in _forking:
-        store.after_fork()
-    _forking.clear()
-
-
-_forking: list[JsonTaskStore] = []
-os.register_at_fork(
-    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
-)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import count
 from typing import Any, Final, NamedTuple
 
 from ledger_tasks.book import Book, Edge, Row, Wanted, born, stepped
@@ -23,7 +24,7 @@ from ledger_tasks.errors import (
     NotHolder,
     TaskError,
 )
-from ledger_tasks.model import Dep, Task, TaskEvent, WorkerInfo, at, micros_of
+from ledger_tasks.model import Dep, Task, TaskEvent, WorkerInfo, at, checked, micros_of
 from ledger_tasks.states import ENDED, HELD, LEASED, LOST, NEXT, TaskState, path
 
 #: why a task that has parts is BLOCKED; it goes on by itself when they are done
@@ -230,6 +231,19 @@ def add(book: Book, tasks: Sequence[Task], who: Who, token: str, *, backlog: boo
         _end_hopeless(book, names)
     made = _rows(book, names)
     return [made[name] for name in names]
+
+
+def add_parts(book: Book, parent: str, parts: Sequence[Task | str], who: Who, token: str) -> list[Row]:
+    """Parts of a task; one that is given by its description is numbered after those that the parent has."""
+    book.hold_graph()  # or two number theirs alike
+    there = _parts(book, parent)
+    mine = [row for row in there if book.again and _was_added_by(book, row.task.id, token)]
+    if mine:
+        return mine
+    taken = {row.task.id for row in there} | {part.id for part in parts if isinstance(part, Task)}
+    free = (name for number in count(len(there) + 1) if (name := f"{parent}.{number}") not in taken)
+    new = [checked(Task(next(free), one, parent=parent)) if isinstance(one, str) else one for one in parts]
+    return add(book, new, who, token)
 
 
 def _with_parts(tasks: Sequence[Task]) -> list[Task]:

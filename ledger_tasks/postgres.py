@@ -363,6 +363,10 @@ class PostgresTaskStore(TaskStore):
 
         return self.store.submit(perform, durable=durable and self.store.sync != "off")
 
+    def is_begun(self) -> bool:
+        """Whether somebody has made the tables."""
+        return bool(self.store.browse("SELECT value FROM meta WHERE name = 'tasks'"))
+
     def calls(self) -> ledger.Store:
         """The same schema."""
         return self.store

@@ -63,11 +63,22 @@ _INSERT_EVENT: Final = event_statement()
 _POSTING: Final = ", ".join(Posting._fields)
 _POSTED: Final = f"SELECT {_POSTING} FROM task_deliveries WHERE session = :session"
 _PAGE: Final = 500
+#: columns that say of a task what its document says too
+_FILED: Final = ("state", "lane", "type", "priority", "assignee", "parent", "due", "version")
 
 
 def lane_of(task: Task) -> str:
     """What decides who may claim a task: its type and what it needs."""
     return json.dumps([str(task.type), list(task.capabilities)], ensure_ascii=False, separators=(",", ":"))
+
+
+def filed_as(task: Task) -> dict[str, Any]:
+    """What the columns by which a task is found have to say of it; `due` is 0 instead once that has come."""
+    return {
+        "state": task.state.value, "lane": lane_of(task), "type": str(task.type), "priority": task.priority,
+        "assignee": task.assignee, "parent": task.parent, "due": max(0, micros_of(task.not_before)),
+        "version": task.version,
+    }  # fmt: skip
 
 
 def lane_fits(lane: str, agent_can: Sequence[str] | None, types: Sequence[str] | None) -> bool:
@@ -131,10 +142,8 @@ class SqlBook(Book):
     def _values(self, row: Row) -> dict[str, Any]:
         task = row.task
         return {
-            "session": self.session, "id": task.id, "state": task.state.value, "lane": lane_of(task),
-            "type": str(task.type), "priority": task.priority, "assignee": task.assignee, "parent": task.parent,
-            "due": max(0, micros_of(task.not_before)), "claim": row.claim, "lease": row.lease, "until": row.until,
-            "mono": row.mono, "boot": row.boot, "op": row.op, "said": row.said, "version": task.version, "hash": row.hash,
+            "session": self.session, "id": task.id, **filed_as(task), "claim": row.claim, "lease": row.lease,
+            "until": row.until, "mono": row.mono, "boot": row.boot, "op": row.op, "said": row.said, "hash": row.hash,
             "doc": compact(task.said()),
         }  # fmt: skip
 
@@ -320,6 +329,18 @@ class SqlBook(Book):
         order = "DESC" if wanted.newest_first else "ASC"
         sql = f"SELECT {_ROW} FROM {self.source} WHERE {' AND '.join(tests)} ORDER BY {num} {order} LIMIT :limit"
         return [row_from(found) for found in self.do(sql, **values)]
+
+    def filed(self, task_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        for start in range(0, len(task_ids), _PAGE):
+            some = json.dumps(task_ids[start : start + _PAGE])
+            sql = (
+                f"SELECT id, {', '.join(_FILED)} FROM tasks"
+                f" WHERE session = :session AND id IN {self.each.format('some')}"
+            )
+            rows = self.do(sql, session=self.session, some=some)
+            found |= {name: dict(zip(_FILED, values, strict=True)) for name, *values in rows}
+        return found
 
     def counts(self) -> dict[str, int]:
         sql = "SELECT state, COUNT(*) FROM tasks WHERE session = :session GROUP BY state"

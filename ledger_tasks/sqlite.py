@@ -146,6 +146,10 @@ class SqliteTaskStore(TaskStore):
         answer: T = self.store.submit(perform, durable=durable and self.store.sync != "off")
         return answer
 
+    def is_begun(self) -> bool:
+        """Whether somebody has made the tables."""
+        return bool(self.store.browse("SELECT value FROM meta WHERE name = 'tasks'"))
+
     def calls(self) -> ledger.Store:
         """The same file."""
         return self.store

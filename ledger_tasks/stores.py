@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import ledger
 from ledger import Guard, SqliteStore, UsageError
 from ledger_tasks.book import TaskStore
 
+#: stores on servers, whose drivers may be missing here → where their tasks are
+_SERVERS: Final = {
+    "PostgresStore": ("ledger_tasks.postgres", "PostgresTaskStore"),
+    "RedisStore": ("ledger_tasks.redis", "RedisTaskStore"),
+    "MongoStore": ("ledger_tasks.mongodb", "MongoTaskStore"),
+}
 #: what `TaskLedger` may be given
 Where = str | os.PathLike[str] | Guard | ledger.Store | TaskStore | None
 
@@ -39,14 +46,12 @@ def tasks_of(store: ledger.Store) -> TaskStore:
         from ledger_tasks.sqlite import SqliteTaskStore
 
         return SqliteTaskStore(store)
-    kind = type(store).__name__
-    if kind == "PostgresStore":
-        from ledger_stores.postgres import PostgresStore
-        from ledger_tasks.postgres import PostgresTaskStore
-
-        if isinstance(store, PostgresStore):
-            return PostgresTaskStore(store)
+    for kind in type(store).__mro__:
+        if kind.__name__ in _SERVERS and kind.__module__.startswith("ledger_stores."):
+            module, name = _SERVERS[kind.__name__]
+            made: TaskStore = getattr(importlib.import_module(module), name)(store)
+            return made
     raise UsageError(
-        f"a {kind} keeps no tasks; a path, sqlite:///path, memory://, postgresql:// and json:FOLDER do. "
-        "Nothing was opened"
+        f"a {type(store).__name__} keeps no tasks; a path, sqlite:///path, memory://, postgresql://, redis://, "
+        "mongodb:// and json:FOLDER do. Nothing was opened"
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import getpass
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -88,7 +87,6 @@ class TaskLedger:
         self.lease = lease
         self._where, self._settings = where, settings
         self._opened: TaskStore | None = None
-        self._door = threading.Lock()
         #: names of other programs' states, before ours and the usual ones are tried
         self.mapping: dict[str, str] = {}
 
@@ -98,7 +96,8 @@ class TaskLedger:
     def store(self) -> TaskStore:
         """Where the tasks are kept; opened when first used."""
         if self._opened is None:
-            with self._door:  # or two threads open two, and a memory:// of one is lost with what it took
+            # or two threads open two, and a memory:// of one is lost with what it took; a fork waits for this one
+            with ledger._first_time:
                 if self._opened is None:
                     self._opened = open_tasks(self._where, self._settings)
         return self._opened
@@ -183,14 +182,15 @@ class TaskLedger:
         description, numbered after its parent.
         """
         name = _id_of(parent)
-        listed = list(tasks)
-        start = len(self.list_tasks(parent=name)) + 1 if any(isinstance(one, str) for one in listed) else 1
-        new = []
-        for number, one in enumerate(listed, start):
-            fields: Any = {"id": f"{name}.{number}", "description": one} if isinstance(one, str) else one
-            made = fields if isinstance(fields, Task) else _task_of(None, dict(fields))
-            new.append(replace(made, parent=name))
-        return self.add_tasks(new)
+        parts = [one if isinstance(one, str) else self._part_of(name, one) for one in tasks]
+        if not parts:
+            return []
+        rows = self._write(ops.add_parts, name, parts, self._who(), ledger.new_token())
+        return [row.task for row in rows]
+
+    def _part_of(self, parent: str, part: Task | Mapping[str, Any]) -> Task:
+        made = part if isinstance(part, Task) else _task_of(None, dict(part))
+        return checked(replace(made, parent=parent))
 
     def add_dependency(
         self, task: Named, depends_on: str | Dep | Task, *, on_failure: OnFailure | None = None,

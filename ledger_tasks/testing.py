@@ -842,6 +842,16 @@ class TaskConformance:
         assert ["assigned", "active"] == [event.to_state for event in tasks.events(task="a")][1:]
         assert all(claim and tasks.complete(claim).state == _S.DONE for claim in claims)
 
+    def test_parts_are_numbered_by_whoever_adds_them_at_once(self, tasks: TaskLedger) -> None:
+        """Several that add parts by their descriptions get numbers of their own, around ids that are taken."""
+        tasks.add_task("p")
+        tasks.add_subtasks("p", [Task("p.3"), "one"])
+
+        in_parallel(4, lambda n: tasks.add_subtasks("p", [f"a{n}", f"b{n}"]))
+
+        numbers = sorted(int(task.id.removeprefix("p.")) for task in tasks.tasks(parent="p"))
+        assert [1, *range(3, 12)] == numbers
+
     # -- leases --
 
     def test_a_lapsed_claim_is_taken_back(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from ledger import StoreError
 from ledger_tasks.book import Book, Row, TaskStore, Wanted, columns_of
 from ledger_tasks.model import Task, TaskEvent, apply, hash_of, plain
+from ledger_tasks.sql import filed_as
 from ledger_tasks.states import ENDED, HELD, LEASED, LOST, NEXT, TaskState
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Report:
 def verify(ledger: TaskLedger, all_sessions: bool = False) -> Report:  # noqa: FBT001, FBT002 - as its method has it
     """Prove that every snapshot is what its events add up to, and that no event was altered."""
     store = getattr(ledger.store, "primary", ledger.store)  # a cache is no witness
+    store.forget()  # nor is a copy in memory
     sessions = [ledger.session]
     if all_sessions:
         sessions = sorted(store.read(ledger.session, lambda book: book.sessions()))
@@ -252,7 +254,7 @@ def _graph(book: Book, names: Sequence[str], known: list[list[Row]]) -> tuple[ob
     on = rows | _rows(book, [name for those in edges.values() for name in those if name not in rows])
     faults = [fault for row in rows.values() for fault in _open_faults(row, edges[row.task.id], on)]
     seen = {name: row.task.version for name, row in on.items()}
-    return seen, [*faults, *_state_faults(book, rows)]
+    return seen, [*faults, *_filing_faults(book, rows)]
 
 
 def _open_faults(row: Row, edges: dict[str, str], on: dict[str, Row]) -> Iterator[str]:
@@ -269,12 +271,15 @@ def _open_faults(row: Row, edges: dict[str, str], on: dict[str, Row]) -> Iterato
         yield f"task {task.id!r} is said to wait for {task.waiting} tasks, and {count} of those are open"
 
 
-def _state_faults(book: Book, rows: dict[str, Row]) -> Iterator[str]:
-    for state in {row.task.state for row in rows.values()}:
-        names = frozenset(name for name, row in rows.items() if row.task.state == state)
-        found = {row.task.id for row in book.page(Wanted(ids=names, states=frozenset([state])), len(names))}
-        for name in sorted(names - found):
-            yield f"task {name!r} is {state.name}, and is filed under another state"
+def _filing_faults(book: Book, rows: dict[str, Row]) -> Iterator[str]:
+    filed = book.filed([*rows])
+    for name, row in rows.items():
+        said, found = filed_as(row.task), filed.get(name, {})
+        if 0 < said["due"] <= book.now and not found.get("due"):
+            said["due"] = 0
+        odd = [column for column, value in found.items() if value != said[column]]
+        if odd and found["version"] == row.task.version:
+            yield f"task {name!r} is filed under another {', '.join(odd)} than its snapshot says"
 
 
 def _rows(book: Book, names: Sequence[str]) -> dict[str, Row]:

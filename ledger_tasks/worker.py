@@ -33,7 +33,7 @@ from ledger_tasks.errors import InvalidTransition, NotHolder
 from ledger_tasks.keeping import Keeper
 from ledger_tasks.model import Claim, Task, WorkerInfo
 from ledger_tasks.pacing import Breaker, Pace
-from ledger_tasks.states import TaskState
+from ledger_tasks.states import LEASED, TaskState
 from ledger_tasks.tasks import TaskLedger
 
 #: a function of a task and its context, plain or async; what it returns is the task's result
@@ -109,7 +109,7 @@ class Worker:
     # -- running --
 
     def run(self, *, until_idle: bool = False) -> None:
-        """Work until it is told to end, or (`until_idle`) until no task of its types is left that can be begun.
+        """Work until it is told to end, or (`until_idle`) until no task of its types is begun or can be begun.
 
         In the main thread SIGTERM and Ctrl-C end it gracefully.
         """
@@ -247,13 +247,11 @@ class Worker:
         return bool(self._look(lambda book: book.ready(can, types, 1) or book.lapsed(limit=1)))
 
     def _is_idle(self) -> bool:
-        """Whether nothing is begun here, and nothing can be begun, now or later, before something else ends."""
-        if self._running():
-            return False
+        """Whether nothing of its types is begun, here or elsewhere, and nothing can be begun, now or later."""
         types = None if "*" in self._handlers else list(self._handlers)
-        pending = self.ledger.tasks(state=TaskState.PENDING)
+        found = self.ledger.tasks(state=[TaskState.PENDING, *LEASED])
         return all(
-            task.waiting or not self._is_able(task) for task in pending if types is None or task.type in types
+            task.waiting or not self._is_able(task) for task in found if types is None or task.type in types
         )
 
     def _is_able(self, task: Task) -> bool:
@@ -414,7 +412,7 @@ class _Home:
 
         future = asyncio.run_coroutine_threadsafe(whole(), self._loop())
         job.cancel = future.cancel
-        if job.context.is_lost:
+        if job.context.is_lost or job.context.is_stopping:  # told in the moment before
             future.cancel()
         return future.result()
 
@@ -424,9 +422,8 @@ class _Home:
         with self._door:
             if self._own is None:
                 self._own = asyncio.new_event_loop()
-                self._thread = threading.Thread(
-                    target=self._own.run_forever, name="ledger-worker-loop", daemon=True
-                )
+                run = self._own.run_forever
+                self._thread = threading.Thread(target=run, name="ledger-worker-loop", daemon=True)
                 self._thread.start()
             return self._own
 

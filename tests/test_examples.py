@@ -245,6 +245,18 @@ def test_resumed_example_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
     assert "{'customers': 10, 'orders': 4, 'invoices': 10}" in output
 
 
+@pytest.mark.parametrize("server", ["file", "postgres"])
+def test_worker_example_bills_each_order_once(server: str, tmp_path: Path) -> None:
+    """The worker that is killed after two effects of three is gone on from; nothing is charged twice."""
+    where = {"LEDGER_DB": postgres_url()} if server == "postgres" else {}
+    output = output_of("example_worker", tmp_path, **where)
+
+    assert "the first worker's process ended with -9" in output
+    assert "A-1002: DONE by tuesday, r-2" in output
+    assert "charged 3 times, 60.00 in all" in output
+    assert "booked 3 times, mailed 3 times" in output
+
+
 def test_compound_example_goes_on_around_a_failed_subtask(tmp_path: Path) -> None:
     """Four of six are done by the command, one fails and blocks another, and the bill has five lines."""
     output = output_of("example_compound", tmp_path)

@@ -15,11 +15,20 @@ from ledger import Guard
 from tests.actors import Stage
 
 TOOL = """
+import faulthandler
+faulthandler.register(signal.SIGUSR1, chain=True)
+
 def charge(order):
     effect(order)
     return order
 
 def wait_for(child):
+    until = time.monotonic() + 30
+    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        if time.monotonic() > until:
+            os.kill(child, signal.SIGUSR1)  # it tells on stderr where it hangs, and ends
+            until += 30
+        time.sleep(0.002)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 def in_child(work):
@@ -400,24 +409,185 @@ limit = time.perf_counter() + delay
 while time.perf_counter() < limit:
     pass
 child = in_child(lambda: [guard(charge, order) for order in range(1, 4)])
-until = time.monotonic() + 10
-while os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-    if time.monotonic() > until:
-        os.kill(child, signal.SIGKILL)
-        say("the child hangs after", delay)
-    time.sleep(0.002)
 thread.join()
-say(wait_for(child))
+assert wait_for(child) == 0, f"the child that was forked after {delay} s"
 """
     )
     delays = [0.0, 0.0005, 0.001, 0.002, 0.004, 0.006, 0.01, 0.015, 0.02, 0.03]
 
     for delay in delays:
         actor = stage.start(script, delay)
-        assert actor.line() == "0"
         actor.ends_well()
+        assert actor.errors() == ""
         assert recorded(stage) == {str(order): 1 for order in range(4)}
         Guard(stage.db, quiet=True).reset()
+
+
+def test_a_first_call_brings_no_lock_into_a_fork(stage: Stage) -> None:
+    """What a first call loads has no hook for forks: a lock would be held while the load is waited for."""
+    script = (
+        TOOL
+        + """
+brought = []
+os.register_at_fork = lambda **hooks: brought.append(hooks)
+guard(charge, "été")
+say(brought)
+"""
+    )
+
+    assert stage.start(script).line() == "[]"
+
+
+def slow_driver(folder: Path, loads: str) -> Path:
+    """A folder with a driver for redis:// that says when it is loaded, and goes on as `loads` says."""
+    folder.mkdir()
+    text = f"from __main__ import *\nloading.set()\n{loads}\nraise ImportError('done', name='redis')\n"
+    (folder / "redis.py").write_text(text)
+    return folder
+
+
+LOAD = """
+def load():
+    try:
+        Guard("redis://127.0.0.1:1/0", quiet=True).check()
+    except TypeError:  # a driver that cannot be loaded
+        pass
+
+sys.path.insert(0, sys.argv[2])
+loading = threading.Event()
+thread = threading.Thread(target=load)
+"""
+
+
+def test_fork_while_a_driver_is_loaded(stage: Stage) -> None:
+    """A fork waits for a thread that loads a driver before it takes a lock that the driver asks for."""
+    script = (
+        TOOL
+        + LOAD
+        + """
+forking = threading.Event()
+os.register_at_fork(before=forking.set)
+import logging  # its hook comes before the one above, and takes the lock of getLogger
+thread.start()
+loading.wait()
+child = in_child(lambda: guard(charge, 1))
+thread.join()
+assert wait_for(child) == 0
+"""
+    )
+    driver = slow_driver(stage.folder / "driver", "forking.wait(1)\nlogging.getLogger('redis')")
+    actor = stage.start(script, driver)
+
+    actor.ends_well()
+    assert actor.errors() == ""
+    assert recorded(stage) == {"1": 1}
+
+
+def test_fork_while_the_tasks_are_opened(stage: Stage) -> None:
+    """A child forked while another thread uses a task ledger for the first time can use it."""
+    script = (
+        TOOL
+        + """
+from ledger_tasks import TaskLedger
+
+loading, forking = threading.Event(), threading.Event()
+os.register_at_fork(before=forking.set)
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "ledger_tasks.sqlite":
+            loading.set()
+            forking.wait()
+
+sys.meta_path.insert(0, Finder())
+tasks = TaskLedger(DB)
+thread = threading.Thread(target=tasks.add_task, args=("of the parent",))
+thread.start()
+loading.wait()
+child = in_child(lambda: tasks.add_task("of the child"))
+thread.join()
+assert wait_for(child) == 0
+say(sorted(task.id for task in tasks.tasks()))
+"""
+    )
+    actor = stage.start(script)
+
+    assert actor.line() == "['of the child', 'of the parent']"
+    actor.ends_well()
+
+
+@pytest.mark.slow
+def test_a_child_of_a_fork_that_waited_in_vain_is_refused(stage: Stage) -> None:
+    """A fork waits only for so long for what another thread loads; its child is then refused."""
+    script = (
+        TOOL
+        + LOAD
+        + """
+forked = threading.Event()
+thread.start()
+loading.wait()
+
+def work():
+    try:
+        guard(charge, 1)
+    except StoreError as error:
+        say(error)
+
+child = in_child(work)
+forked.set()
+assert wait_for(child) == 0
+thread.join()
+guard(charge, 2)
+"""
+    )
+    actor = stage.start(script, slow_driver(stage.folder / "driver", "forked.wait()"))
+
+    told = actor.line()
+    assert "forked while another thread" in told
+    assert "nothing ran" in told
+    assert "before you fork" in told
+    actor.ends_well()
+    assert stage.effects() == ["2"]
+
+
+@pytest.mark.slow
+def test_fork_while_a_store_of_six_methods_does_not_answer(stage: Stage) -> None:
+    """A child counts its own attempts, and only those, when a thread of its parent hangs in `put`."""
+    script = (
+        TOOL
+        + """
+from tests.stores.kit import SixMethodStore
+
+putting, forked, parent = threading.Event(), threading.Event(), os.getpid()
+
+class Slow(SixMethodStore):
+    def put(self, record):
+        if os.getpid() == parent:
+            putting.set()
+            forked.wait()
+        super().put(record)
+
+store = Slow()
+guard = Guard(store=store, quiet=True)
+guard(charge, 1)
+thread = threading.Thread(target=guard, args=(charge, 1))
+thread.start()
+putting.wait()
+
+def work():
+    guard(charge, 1)
+    assert [record.attempts for record in store.records.values() if "~n~" in record.id] == [1]
+
+child = in_child(work)
+forked.set()
+thread.join()
+assert wait_for(child) == 0
+"""
+    )
+    actor = stage.start(script)
+
+    actor.ends_well()
+    assert stage.effects() == ["1"]
 
 
 def test_fork_while_a_thread_waits_for_another_process(stage: Stage) -> None:

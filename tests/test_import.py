@@ -60,6 +60,24 @@ def test_import_has_no_side_effect(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr, list(tmp_path.iterdir())) == ("", "", [])
 
 
+def test_a_program_without_logging_gets_warnings_on_stderr(tmp_path: Path) -> None:
+    """What would be logged is printed, also by a quiet guard, and `logging` is not loaded for it."""
+    code = (
+        "import sys; from ledger import Guard, MemoryStore; guard = Guard(store=MemoryStore(), quiet=True)\n"
+        "guard.on_success(lambda record: 1 / 0)\n"
+        "guard(len, 'done'); assert 'logging' not in sys.modules"
+    )
+
+    done = python(code, tmp_path, "-S", "-s")
+
+    said, *trace = done.stderr.splitlines()
+    assert said.startswith("[ledger] the callback <lambda> raised for")
+    assert (trace[0], trace[-1]) == (
+        "Traceback (most recent call last):",
+        "ZeroDivisionError: division by zero",
+    )
+
+
 def test_the_file_alone_runs_the_quickstart(tmp_path: Path) -> None:
     """A copy of ledger.py in an empty folder is a valid install, under python -S -E -s."""
     shutil.copy(SOURCE, tmp_path)

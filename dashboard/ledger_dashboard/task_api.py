@@ -40,7 +40,9 @@ def reader_for(opened: Opened) -> TaskReader:
     """What looks at the tasks; raises `UsageError` where a store keeps none."""
     if opened.tasks is None:
         kind = type(opened.reader.store).__name__
-        raise UsageError(f"a {kind} keeps no tasks; look at the ledger of an SQLite file or of PostgreSQL")
+        raise UsageError(
+            f"a {kind} keeps no tasks; look at the ledger of an SQLite file, of PostgreSQL, Redis or MongoDB"
+        )
     return opened.tasks
 
 

@@ -237,10 +237,20 @@ class StandIn:
         return {"value": found}
 
     def _do_update(self, documents: Any, command: Doc) -> Doc:
-        [asked] = command["updates"]
-        assert not asked.get("multi")
-        done = documents.update_one(asked["q"], asked["u"], upsert=asked.get("upsert", False))
-        return {"n": done.matched_count, "nModified": done.modified_count}
+        told: Doc = {"n": 0, "nModified": 0}
+        for index, asked in enumerate(command["updates"]):
+            assert not asked.get("multi")
+            change = documents.update_one if next(iter(asked["u"])).startswith("$") else documents.replace_one
+            try:
+                done = change(asked["q"], asked["u"], upsert=asked.get("upsert", False))
+            except mongomock.DuplicateKeyError as error:
+                told.setdefault("writeErrors", []).append(_duplicate(index, error))
+                continue
+            told["n"] += done.matched_count or done.upserted_id is not None
+            told["nModified"] += done.modified_count
+            if done.upserted_id is not None:
+                told.setdefault("upserted", []).append({"index": index, "_id": done.upserted_id})
+        return told
 
     def _do_delete(self, documents: Any, command: Doc) -> Doc:
         [asked] = command["deletes"]
@@ -251,13 +261,21 @@ class StandIn:
         return {}
 
     def _do_insert(self, documents: Any, command: Doc) -> Doc:
-        documents.insert_many(command["documents"])
+        for index, document in enumerate(command["documents"]):
+            try:
+                documents.insert_one(document)
+            except mongomock.DuplicateKeyError as error:
+                return {"n": index, "writeErrors": [_duplicate(index, error)]}
         return {"n": len(command["documents"])}
 
     def _do_createIndexes(self, documents: Any, command: Doc) -> Doc:  # noqa: N802 - its name on the wire
         for index in command["indexes"]:
             documents.create_index(list(index["key"].items()), name=index["name"])
         return {}
+
+
+def _duplicate(index: int, error: Exception) -> Doc:
+    return {"index": index, "code": 11000, "errmsg": str(error)}
 
 
 def _read(caller: socket.socket, size: int) -> bytes:

@@ -166,7 +166,7 @@ class ClockedRedis(RedisStore):
 
     source: ClassVar[str] = RedisStore.source.replace(
         "local t = redis.call('TIME')\n  return t[1] * 1000000 + t[2]",
-        "return tonumber(redis.call('GET', prefix .. 'time'))",
+        "return tonumber(redis.call('GET', prefix .. 'time') or 0)",
     )
 
     def set_time(self, micros: int) -> None:

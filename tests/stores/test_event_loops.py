@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from ledger import Guard, StoreError
+from ledger_stores.base import Pace
 from ledger_stores.postgres import PostgresStore
 from ledger_stores.redis import RedisStore
 from ledger_stores.testing import in_parallel
@@ -232,3 +233,87 @@ def test_what_is_larger_than_a_socket_takes_at_once_arrives(guard: Guard, size: 
 
     expected = ["0", "1" * size, "2", "3" * size]
     assert [expected, expected] == [asyncio.run(work()), asyncio.run(work())]
+
+
+class Loop:
+    """Eight tasks of an event loop on a clock of the test's."""
+
+    def __init__(self) -> None:
+        self.time = self.worked = 0.0
+        self.pace = Pace(2, lambda: self.time, lambda: self.worked)
+
+    def goes_on(self, *, works: float, waits: float) -> None:
+        """All tasks are told and ask again, so often that what was before does not count."""
+        for _ in range(100):
+            self.pace.all_asked()
+            self.worked += works
+            self.time += works + waits
+            self.pace.answered(8, 0)
+
+
+@pytest.mark.parametrize(
+    ("works", "waits", "talks", "enough"),
+    [(1.0, 0.1, 2, 4), (1.0, 1.9, 2, 4), (1.0, 2.1, 1, 8), (0.1, 5.0, 1, 8)],
+)
+def test_a_loop_asks_in_halves_as_long_as_it_does_not_mostly_wait(
+    works: float, waits: float, talks: int, enough: int
+) -> None:
+    """Beside a quick server the loop works on the other half; one with a slow disk is asked all at once."""
+    loop = Loop()
+
+    loop.goes_on(works=works, waits=waits)
+
+    assert (talks, enough) == (loop.pace.talks, loop.pace.enough)
+
+
+def test_a_loop_changes_its_pace_with_its_server() -> None:
+    """A disk that was slow for a while is not held against the server."""
+    loop = Loop()
+    loop.goes_on(works=0.1, waits=5.0)
+
+    loop.goes_on(works=1.0, waits=0.1)
+
+    assert 2 == loop.pace.talks
+
+
+def test_a_half_is_that_of_all_who_ask() -> None:
+    """Whoever waits for the other answer counts, and whoever was told at the same moment."""
+    loop = Loop()
+    loop.goes_on(works=1.0, waits=0.1)
+    loop.pace.all_asked()
+
+    loop.pace.answered(3, 5)
+    first = loop.pace.enough
+    loop.pace.answered(5, 0)
+
+    assert [4, 4] == [first, loop.pace.enough]
+
+
+def test_tasks_that_ask_in_halves_run_each_call_once() -> None:
+    """Eight of them on Redis, of which two are cancelled in the midst: only what these did is in doubt."""
+    guard = Guard(store=RedisStore(redis_url(), namespace=fresh_namespace()), quiet=True)
+    guard.defaults(replay=True)
+
+    async def caller(first: int, half_done: asyncio.Event) -> None:
+        for n in range(first, 400, 8):
+            await guard(pay, n)
+            if n >= 200:
+                half_done.set()
+
+    async def cut_short() -> None:
+        half_done = asyncio.Event()
+        tasks = [asyncio.ensure_future(caller(n, half_done)) for n in range(8)]
+        await half_done.wait()
+        tasks[0].cancel()
+        tasks[3].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def all_again() -> None:
+        await asyncio.gather(*(guard(pay, n) for n in range(400)))
+
+    asyncio.run(cut_short())
+    asyncio.run(all_again())
+
+    assert (400, 0) == (guard.stats()["executed"], guard.stats()["running"])
+    assert 400 <= sum(runs.values()) <= 402
+    guard.close()

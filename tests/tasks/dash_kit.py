@@ -31,7 +31,7 @@ def guarding(where: Path | str) -> Iterator[Guard]:
         guard.close()
 
 
-def tell_of_tasks(db: Path) -> None:
+def tell_of_tasks(db: Path | str) -> None:
     """A report with parts, a dead feed and who is skipped for it, a pause, guarded calls, two sessions."""
     tasks = TaskLedger(db, agent="planner", quiet=True)
     report = Task("report", title="Quarterly report", description="Judge the figures.", type="sequential")

@@ -19,7 +19,8 @@ from starlette.testclient import TestClient
 from ledger_tasks import Dep, Task, TaskLedger, TaskState, WorkerInfo
 from tests.actors import PATIENCE, eventually
 from tests.dashboard_kit import Server, csrf_of, serving
-from tests.stores.redis_kit import redis_url
+from tests.stores.dynamo_kit import dynamo_url
+from tests.stores.redis_kit import RedisServer
 from tests.tasks.dash_kit import begun, fill, guarding, tell_of_tasks
 from tests.test_dashboard_http import listen, schema_errors
 
@@ -401,8 +402,8 @@ def test_looking_at_tasks_never_writes(db: Path) -> None:
 
 
 def test_a_store_that_keeps_no_tasks_says_so() -> None:
-    """On Redis the page names the stores that keep tasks; the API refuses, and calls are shown as ever."""
-    address = redis_url()
+    """On DynamoDB the page names the stores that keep tasks; the API refuses, and calls are shown as ever."""
+    address = dynamo_url()
     with guarding(address):
         pass
     with TestClient(create_app(address), base_url="http://localhost") as client:
@@ -413,6 +414,23 @@ def test_a_store_that_keeps_no_tasks_says_so() -> None:
     assert all("This store keeps no tasks" in page for page in pages)
     assert (400, 400, 200) == (api.status_code, task.status_code, stream)
     assert "keeps no tasks" in api.json()["error"]
+
+
+def test_tasks_on_redis_are_shown_and_decided_about() -> None:
+    """Every page and API of tasks is served as from a file, and what a person decides is done."""
+    server = RedisServer()
+    try:
+        tell_of_tasks(server.url)
+        with TestClient(create_app(server.url), base_url="http://localhost") as client:
+            statuses = [client.get(path).status_code for path in (*PAGES, *APIS, "/tasks/task?id=feed")]
+            listed = ids_of(client, session="main")
+            answer = post(client, "retry", id="feed", reason="it is back")
+    finally:
+        server.close()
+
+    assert {200} == set(statuses)
+    assert {"report", "feed", "refund", "report.2"} <= set(listed)
+    assert 200 == answer.status_code, answer.text
 
 
 # -- deciding --

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
+import pytest
+import redis
 
 from ledger import Clock, MemoryStore, SqliteStore
+from ledger_stores.mongodb import MongoStore
 from ledger_stores.postgres import PostgresStore
 from ledger_stores.testing import FakeClock
 from ledger_tasks.book import TaskStore
 from ledger_tasks.json_files import JsonTaskStore
+from ledger_tasks.mongodb import MongoTaskStore
 from ledger_tasks.postgres import PostgresTaskStore
 from ledger_tasks.sqlite import SqliteTaskStore
 from ledger_tasks.testing import TaskConformance
+from tests.stores.mongo_kit import StandIn
+from tests.stores.redis_kit import redis_url
 from tests.stores.servers import fresh_namespace, postgres_url
+from tests.tasks.replica_kit import clocked_tasks
 
 
 class TestMemory(TaskConformance):
@@ -76,3 +84,46 @@ class TestPostgres(TaskConformance):
             db.execute(
                 f"UPDATE {self.namespace}.meta SET value = %s WHERE name = 'now'", (str(clock.wall()),)
             )
+
+
+class TestRedis(TaskConformance):
+    """A real Redis; its clock is put where the test can set it."""
+
+    is_shared = True
+
+    def make(self, folder: Path, clock: Clock) -> TaskStore:  # noqa: ARG002 - it needs no place
+        self.namespace = fresh_namespace()
+        self.set_time(clock)
+        return self.again()
+
+    def again(self, store: TaskStore | None = None) -> TaskStore:  # noqa: ARG002 - the namespace says it all
+        return clocked_tasks(self.namespace)
+
+    def advance(self, store: TaskStore, clock: FakeClock, seconds: float) -> None:  # noqa: ARG002 - by name
+        clock.advance(seconds)
+        self.set_time(clock)
+
+    def set_time(self, clock: Clock) -> None:
+        """What the server's clock says from now on."""
+        with redis.Redis.from_url(redis_url()) as plain:
+            plain.set(f"{{{self.namespace}}}:time", clock.wall())
+
+
+class TestMongo(TaskConformance):
+    """The stand-in for MongoDB; its clock is the test's."""
+
+    is_shared = True
+    many = 20  # the stand-in is slow, and every other store has sixty
+
+    def make(self, folder: Path, clock: Clock) -> TaskStore:  # noqa: ARG002 - it needs no place
+        self.server = StandIn(clock.wall)
+        self.namespace = fresh_namespace()
+        return self.again()
+
+    def again(self, store: TaskStore | None = None) -> TaskStore:  # noqa: ARG002 - the namespace says it all
+        return MongoTaskStore(MongoStore(self.server.url, namespace=self.namespace))
+
+    @pytest.fixture(autouse=True)
+    def _end(self) -> Iterator[None]:
+        yield
+        self.server.close()

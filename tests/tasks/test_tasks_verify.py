@@ -137,7 +137,23 @@ TAMPERED = {
     ),
     "the column of a state": (
         "UPDATE tasks SET state = 'backlog' WHERE id = 'p.2'",
-        "task 'p.2' is PENDING, and is filed under another state",
+        "task 'p.2' is filed under another state",
+    ),
+    "the column of a priority": (
+        "UPDATE tasks SET priority = 9 WHERE id = 'p.2'",
+        "task 'p.2' is filed under another priority",
+    ),
+    "the column of what it needs": (
+        "UPDATE tasks SET lane = '[\"task\",[\"gpu\"]]' WHERE id = 'p.2'",
+        "task 'p.2' is filed under another lane",
+    ),
+    "the column of its parent": (
+        "UPDATE tasks SET parent = 'a' WHERE id = 'p.2'",
+        "task 'p.2' is filed under another parent",
+    ),
+    "the column of a pause": (
+        "UPDATE tasks SET due = 4102444800000000 WHERE id = 'p.2'",
+        "task 'p.2' is filed under another due",
     ),
     "a claim": ("UPDATE tasks SET claim = 'mine' WHERE id = 'p.2'", "task 'p.2' is PENDING and has a claim"),
     "a lease": (
