@@ -301,7 +301,7 @@ def run_command(
     tasks = place.opened()
     place.keep_calls_beside(tasks)
     if compound is not None:
-        (name,) = view.compound_of(tasks, compound).capabilities
+        name = view.compound_of(tasks, compound).capabilities[0]
     with _aside(json=json), crew.runner(tasks, None, dict(TIERS), name, start=True) as runner:
         if compound is not None:
             return _until_ended(runner, compound, place, crew, screen, json=json, results=results)

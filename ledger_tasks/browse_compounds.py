@@ -57,13 +57,15 @@ def compounds(
     """A page of compounds, below the number `after`."""
     wanted = Wanted(types=frozenset([COMPOUND]), session=session, after=after)
     found = reader.page(wanted, limit, seconds)
-    return CompoundPage([_heading(reader, seen, _MOST_OF_ONE)[0] for seen in found.tasks], found)
+    whole = [_whole(reader, seen) for seen in found.tasks]
+    shown = [_heading(reader, seen, _MOST_OF_ONE)[0] for seen in whole if _is_compound(seen.task)]
+    return CompoundPage(shown, found)
 
 
 def compound(reader: TaskReader, session: str, compound_id: str, most: int) -> SeenCompound:
     """One compound with up to `most` subtasks: what is executed or failed first. Raises `NoSuchTask`."""
     row = reader.row(session, compound_id)
-    if row.task.type != COMPOUND:
+    if not _is_compound(row.task):
         raise NoSuchTask(
             f"task {compound_id!r} is no compound; look at it as a task, or choose one from the list",
             compound_id,
@@ -118,7 +120,7 @@ def shortened(value: Any) -> str | None:
 
 def _heading(reader: TaskReader, seen: Seen, most: int) -> tuple[Told, list[Seen]]:
     """A compound as a list has it, and its first subtasks; `whole_cost` is false where not all costs are in its sum."""
-    whole = seen.task if seen.is_whole else reader.row(seen.task.session, seen.task.id).task
+    whole = seen.task
     counts = _counts(reader, whole)
     parts = _parts(reader, whole, most)
     told = view.heading_of(whole, [part.task for part in parts])
@@ -155,9 +157,29 @@ def _parts(reader: TaskReader, whole: Task, most: int) -> list[Seen]:
     """Its first subtasks, by their index."""
     found = reader.parts(whole.session, whole.id, SUBTASK, most)
     long = [seen for seen in found if not seen.is_whole][:_MOST_LONG]
-    read = {seen.num: Seen(seen.num, reader.row(whole.session, seen.task.id).task) for seen in long}
-    known = (read.get(seen.num, seen) for seen in found)
-    return [seen if seen.is_whole else _unread(seen) for seen in known]
+    read = {seen.num: _whole(reader, seen) for seen in long}
+    known = [read.get(seen.num, seen) for seen in found]
+    return [seen if seen.is_whole else _unread(seen) for seen in known if _is_subtask(seen)]
+
+
+def _whole(reader: TaskReader, seen: Seen) -> Seen:
+    """With its record, however long that is."""
+    return seen if seen.is_whole else Seen(seen.num, reader.row(seen.task.session, seen.task.id).task)
+
+
+def _is_compound(task: Task) -> bool:
+    """Whether a runner planned it: tasks of that type may be anybody's."""
+    told = task.payload
+    if not view.is_compound(task) or not {"reasoning", "submitted_at"} <= told.keys():
+        return False
+    count = told.get("subtask_count")
+    return isinstance(count, int) and count > 0
+
+
+def _is_subtask(seen: Seen) -> bool:
+    if not seen.is_whole:
+        return seen.task.id.rpartition(".")[2].isdecimal()
+    return view.is_planned(seen.task) and {"index", "model"} <= seen.task.payload.keys()
 
 
 def _unread(seen: Seen) -> Seen:

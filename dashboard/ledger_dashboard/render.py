@@ -99,9 +99,12 @@ def when(value: datetime | None) -> Markup:
     return moment(None if value is None else micros_of(value))
 
 
-def isotime(text: str | None) -> Markup:
-    """A time that is kept as ISO 8601."""
-    return when(task_moment(text))
+def isotime(text: str | None) -> Markup | str:
+    """A time that is kept as ISO 8601; in its own words where it is none."""
+    try:
+        return when(task_moment(text))
+    except (ValueError, OverflowError, LedgerError):
+        return str(text)
 
 
 def dollars(cost: float) -> str:
@@ -116,11 +119,7 @@ def lasted(seconds: float | None) -> str:
 
 def error_time(entry: dict[str, Any]) -> Markup | str:
     """When an error of a task was recorded; in its own words where they are no time."""
-    text = str(entry.get("at", ""))
-    try:
-        return when(task_moment(text))
-    except (ValueError, OverflowError, LedgerError):
-        return text
+    return isotime(str(entry.get("at", "")))
 
 
 def branches(value: Any) -> Node | None:

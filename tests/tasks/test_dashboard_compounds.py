@@ -13,7 +13,7 @@ from ledger_dashboard import create_app
 from playwright.sync_api import Browser, expect
 from starlette.testclient import TestClient
 
-from ledger_tasks import CompoundRunner, TaskLedger, TaskState
+from ledger_tasks import CompoundRunner, Task, TaskLedger, TaskState
 from ledger_tasks import compound_view as view
 from tests.browser_kit import (
     CONTRAST,
@@ -173,15 +173,29 @@ def test_a_compound_of_thousands_is_looked_at_in_part(tasks: TaskLedger, client:
 
 
 def test_what_is_no_compound_says_so(tasks: TaskLedger, client: TestClient) -> None:
-    """A plain task and an unknown one are 404, no id is 400; a ledger without any says how to begin."""
-    tasks.add_task("plain")
+    """A plain task, one of that type and an unknown one are 404, no id is 400; the list says how to begin."""
+    odd = {"submitted_at": "yesterday", "reasoning": "", "subtask_count": "many"}
+    tasks.add_tasks([Task("plain"), Task("bare", type="compound"), Task("odd", type="compound", payload=odd)])
 
-    found = [client.get(f"/api/tasks/compound{query}") for query in ("?id=plain", "?id=none", "")]
+    queries = ("?id=plain", "?id=bare", "?id=odd", "?id=none", "")
+    found = [client.get(f"/api/tasks/compound{query}") for query in queries]
     page = client.get("/tasks/compounds").text
 
-    assert [404, 404, 400] == [answer.status_code for answer in found]
+    assert [404, 404, 404, 404, 400] == [answer.status_code for answer in found]
     assert "is no compound" in found[0].json()["error"]
     assert "ledger compound submit" in page
+
+
+def test_a_part_that_no_runner_planned_breaks_no_page(tasks: TaskLedger, client: TestClient) -> None:
+    """Whoever can add tasks can add one of any type and payload to a compound; it is left out."""
+    submit_compound(tasks)
+    for number, payload in enumerate((None, {"tier_hint": 1}, ["index"])):
+        tasks.add_task(Task(f"odd.{number}", type="compound-subtask", parent="c-1", payload=payload))
+
+    found, page = client.get("/api/tasks/compound?id=c-1"), client.get("/tasks/compound?id=c-1")
+
+    assert (200, 200) == (found.status_code, page.status_code)
+    assert [0, 1, 2, 3] == [one["index"] for one in found.json()["subtasks"]]
 
 
 def test_a_compound_is_cancelled_with_its_subtasks(tasks: TaskLedger, client: TestClient) -> None:
