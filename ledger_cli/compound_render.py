@@ -40,16 +40,16 @@ def heading(found: Found) -> Text:
     return line
 
 
-def tree(found: Found, most: int | None = None) -> Iterator[Text]:
+def tree(found: Found, most: int) -> Iterator[Text]:
     """A line for each subtask, below what it waits for; of too many the most interesting ones."""
     subtasks = found["subtasks"]
-    if most is None or len(subtasks) <= most:
+    if len(subtasks) <= most:
         yield from map(branch_line, branches(subtasks))
         return
     shown = sorted(subtasks, key=lambda one: _FIRST.index(one["status"]))[: max(most - 1, 1)]
     for one in sorted(shown, key=lambda one: int(one["index"])):
         yield branch_line(Branch(one, "", ()))
-    yield Text(f"… and {len(subtasks) - len(shown):,} more", "dim")
+    yield Text(f"… and {len(subtasks) - len(shown):,} more; --json has them all", "dim")
 
 
 def branch_line(branch: Branch) -> Text:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.text import Text
 
+#: looking at a huge compound takes no more than a tenth of the time, which is wanted for executing it
+_SPARED = 9
+#: lines of a tree that is no live view
+_LONGEST_TREE = 200
 #: of the newest compounds that a runner tells of
 _MOST = 50
 _UNENDED = [state for state in TaskState if state not in ENDED]
@@ -42,7 +46,7 @@ class Shown:
         self._json, self._results = json, results
         self._screen = screen or Screen()
         self._live: Live | None = None
-        self._seen, self._at = -1, 0.0
+        self._seen, self._at, self._cost = -1, 0.0, 0.0
         self._told: set[int] | None = None
         #: the full picture as it was when it was last looked at
         self.found: dict[str, Any] = {}
@@ -55,11 +59,13 @@ class Shown:
 
     def look(self) -> None:
         """Read it again if anything happened, and show what is new."""
-        last = self._tasks.last_seq()
-        if last == self._seen and time.monotonic() - self._at < _AGAIN_SECONDS:
+        last, begun = self._tasks.last_seq(), time.monotonic()
+        if begun - self._at < (_AGAIN_SECONDS if last == self._seen else _SPARED * self._cost):
             return
-        self._seen, self._at = last, time.monotonic()
+        self._seen = last
         self.found = view.progress(self._tasks, self._compound)
+        self._at = time.monotonic()
+        self._cost = self._at - begun
         if self._screen.is_terminal and not self._json:
             self._draw()
         elif not self._json:
@@ -74,7 +80,7 @@ class Shown:
         from ledger_cli import compound_render as render
 
         if self._told is None:
-            self._screen.text(*render.head(found), *render.tree(found))
+            self._screen.text(*render.head(found), *render.tree(found, _LONGEST_TREE))
         else:
             self.found = found
             self._tell()

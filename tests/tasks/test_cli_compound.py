@@ -378,3 +378,20 @@ def test_a_subtask_stands_below_the_last_that_it_waits_for() -> None:
     assert [("1", ()), ("├─ 0", ()), ("│  └─ 2", (1,)), ("└─ 3", ())] == found
     assert [*range(3000)] == [one.subtask["index"] for one in deep]
     assert 40 > max(len(one.before) for one in deep)
+
+
+def test_of_thousands_the_most_interesting_are_shown(folder: Path, tasks: TaskLedger) -> None:
+    """What failed and what is executed is among two hundred lines; the rest is counted."""
+    made = plan(*(step(n) for n in range(1000)))
+    with CompoundRunner(tasks, made, answers, name="c-1", start=False) as runner:
+        runner.submit("many", id="c-1")
+    claim = tasks.claim_task("c-1.900")
+    assert claim is not None
+    tasks.start(claim)
+    tasks.fail(claim, "no answer")
+
+    lines = compound(folder, "progress", "c-1").out.splitlines()
+
+    assert 203 > len(lines)
+    assert any(line.startswith("✗ 900  step 900") and line.endswith("no answer") for line in lines)
+    assert "… and 801 more; --json has them all" == lines[-1]
