@@ -113,8 +113,8 @@ class Worker:
 
         In the main thread SIGTERM and Ctrl-C end it gracefully.
         """
-        self.start(until_idle=until_idle)
-        with _Signals(self.stop):
+        with _Signals(self.stop):  # before anything is taken
+            self.start(until_idle=until_idle)
             try:
                 self._serve()
             finally:
