@@ -38,6 +38,7 @@ COMMANDS = {
     "move": "moving",
     "doctor": "keeping",
     "tasks": "tasks",
+    "compound": "compound",
     "demo": "demo",
     "completion": "completion",
 }

@@ -39,6 +39,8 @@ COMMANDS = {
     "retry": "tasks_deciding",
     "cancel": "tasks_deciding",
     "report": "tasks_deciding",
+    "run": "tasks_workers",
+    "workers": "tasks_workers",
     "watch": "tasks_watch",
     "events": "tasks_looking",
     "waves": "tasks_looking",

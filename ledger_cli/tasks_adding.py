@@ -20,6 +20,7 @@ from ledger_cli.tasks_options import (
     acts,
     if_version,
     named,
+    or_stdin,
     task_argument,
     tell,
 )
@@ -32,6 +33,7 @@ from ledger_tasks import Dep, Task
         'ledger tasks add mail "tell Ann" --priority 8',
         "ledger tasks add file --depends mail --depends invoice:run --needs python --max-retries 3",
         'ledger tasks add mail.1 "find the address" --parent mail',
+        'ledger tasks add bill --type mail --payload \'{"to": "ann@example.com"}\'',
         "ledger tasks add --from plan.json",
     ),
     json_form=f"{ONE_TASK} With --from an array of tasks.",
@@ -69,6 +71,7 @@ from ledger_tasks import Dep, Task
     show_default=True,
     help="How often it may be tried again.",
 )
+@click.option("--payload", metavar="JSON", help="What its handler needs to know; - reads it from stdin.")
 @click.option("--backlog", is_flag=True, help="Keep it for later: offered to nobody until `unshelve`.")
 @click.option(
     "--from",
@@ -85,6 +88,7 @@ def add_command(
     task: str | None,
     source: IO[str] | None,
     kind: str,
+    payload: str | None,
     backlog: bool,
     json: bool,
     **fields: Any,
@@ -96,7 +100,11 @@ def add_command(
     """
     if (task is None) == (source is None):
         raise click.UsageError("name the task to add by its ID, or the file of many with --from")
-    new = _read(source) if source is not None else [Task(id=task or "", type=kind, **fields)]
+    if source is None:
+        given = None if payload is None else json_of(or_stdin(payload), "--payload")
+        new: list[Any] = [Task(id=task or "", type=kind, payload=given, **fields)]
+    else:
+        new = _read(source)
     found = place.made().add_tasks(new, backlog=backlog)
     if source is None:
         tell(found[0], f"added: {named(found[0])}", json=json)

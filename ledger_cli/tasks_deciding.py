@@ -20,6 +20,7 @@ from ledger_cli.tasks_options import (
     tell,
     value_options,
 )
+from ledger_ops.values import printable
 from ledger_tasks import StatusEvent
 
 
@@ -100,21 +101,34 @@ def unshelve_command(*, task: str, place: Place, reason: str, version: int | Non
 
 @command(
     "retry",
-    examples=("ledger tasks retry mail", 'ledger tasks retry mail --reason "the server is back"'),
+    examples=(
+        "ledger tasks retry mail",
+        'ledger tasks retry mail --reason "the server is back"',
+        "ledger tasks retry mail --fresh",
+    ),
     json_form=LIKE_SHOW,
 )
 @task_argument
+@click.option(
+    "--fresh",
+    is_flag=True,
+    help="Let its tools do again what they did, in a workflow of its own, without checkpoint.",
+)
 @reason_option
 @if_version
 @acts
 @as_json
-def retry_command(*, task: str, place: Place, reason: str, version: int | None, json: bool) -> None:
+def retry_command(
+    *, task: str, fresh: bool, place: Place, reason: str, version: int | None, json: bool
+) -> None:
     """Let a failed or dead task be done again.
 
-    Where no retry is left a --reason is needed, and its retries begin anew.
+    Where no retry is left a --reason is needed, and its retries begin anew. What its tools did in earlier
+    runs is replayed and not done again, unless --fresh.
     """
-    found = place.opened().retry(task, reason, expected_version=version)
-    tell(found, f"pending again: {named(found)}", json=json)
+    found = place.opened().retry(task, reason, fresh=fresh, expected_version=version)
+    anew = f"; its tools run anew, in workflow {printable(found.workflow)}" if fresh else ""
+    tell(found, f"pending again: {named(found)}{anew}", json=json)
 
 
 @command(

@@ -8,7 +8,7 @@ from typing import Any
 
 from ledger_cli.screen import Cell, Column, Grid
 from ledger_ops.values import clock, printable
-from ledger_tasks import Task, TaskState
+from ledger_tasks import Task, TaskState, WorkerInfo
 from ledger_tasks.model import micros_of
 
 _S = TaskState
@@ -126,6 +126,40 @@ def _text(value: Any) -> str:
     if value is None:
         return ""
     return printable(str(value))
+
+
+def workers(found: Iterable[WorkerInfo], *, full: bool) -> Grid:
+    """Workers, a row each."""
+    columns = [each for each in _WORKER if full or each[0].title not in ("id", "started")]
+    return Grid([column for column, _ in columns], ([cell(one) for _, cell in columns] for one in found))
+
+
+def vital_sign(worker: WorkerInfo) -> Cell:
+    """Whether it lives."""
+    if worker.alive:
+        return Cell("● alive", "green")
+    return Cell("○ ended", "dim") if worker.ended else Cell("✗ silent", "red")
+
+
+def success(worker: WorkerInfo) -> str:
+    """How many of its runs ended well; nothing before the first."""
+    return "" if worker.success_rate is None else f"{worker.success_rate:.0%}"
+
+
+_WORKER: Sequence[tuple[Column, Callable[[WorkerInfo], Cell]]] = (
+    (Column("id"), lambda w: Cell(printable(w.id))),
+    (Column("worker", most=30), lambda w: Cell(printable(w.agent), "bold")),
+    (Column("state", most=9), vital_sign),
+    (Column("seen", most=23, least_terminal=80), lambda w: Cell(moment(w.seen_at))),
+    (Column("started"), lambda w: Cell(moment(w.started_at))),
+    (Column("done", "right"), lambda w: Cell(str(w.done), "green")),
+    (Column("failed", "right"), lambda w: Cell(str(w.failed), "red" if w.failed else "dim")),
+    (Column("success", "right", least_terminal=90), lambda w: Cell(success(w))),
+    (Column("at once", "right", least_terminal=120), lambda w: Cell(str(w.concurrency))),
+    (Column("types", most=24, least_terminal=110), lambda w: Cell(printable(", ".join(w.types)))),
+    (Column("where", most=24, least_terminal=130), lambda w: Cell(printable(f"{w.host}:{w.pid}"), "dim")),
+    (Column("doing", most=0), lambda w: Cell(printable(", ".join(w.doing)), "cyan")),
+)
 
 
 def sessions(found: Iterable[tuple[str, Mapping[TaskState, int]]]) -> Grid:

@@ -134,8 +134,9 @@ def _point(_ctx: click.Context, _param: click.Parameter, value: str | None) -> i
     "show",
     examples=("ledger tasks show mail", "ledger tasks show mail --at 2h", "ledger tasks show mail --json"),
     json_form=(
-        "The task as in `ledger tasks list`, with blocks (what depends on it), cycle_time, wait_time and "
-        f"work_time in seconds, and events (the newest, oldest first): [{{{_EVENT_JSON}}}]."
+        "The task as in `ledger tasks list`, with blocks (what depends on it), workflow (of its guarded "
+        "calls), cycle_time, wait_time and work_time in seconds, and events (the newest, oldest first): "
+        f"[{{{_EVENT_JSON}}}]."
     ),
 )
 @task_argument
@@ -168,7 +169,8 @@ def show_command(*, task: str, until: int | datetime | None, most: int, place: P
     if json:
         times = {name: getattr(found, name) for name in ("cycle_time", "wait_time", "work_time")}
         told = [event.to_dict() for event in events]
-        screen.json({**grids.task_dict(found), "blocks": list(found.blocks), **times, "events": told})
+        more = {"blocks": list(found.blocks), "workflow": found.workflow, **times, "events": told}
+        screen.json({**grids.task_dict(found), **more})
         return
     from ledger_cli.tasks_render import detail
 

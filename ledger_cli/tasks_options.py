@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ledger import UsageError
+from ledger import SqliteStore, UsageError
 from ledger_cli.options import MOST, TIME, json_of
 from ledger_cli.screen import Screen
 from ledger_cli.tasks_grids import task_dict
@@ -31,9 +31,10 @@ Option = Callable[[Any], Any]
 TASK_JSON = (
     "id, session, title, description, type, priority, tags, state, waiting (how many dependencies are open), "
     "ready, reason, assignee, parent, depends_on: [[task, on_failure]], capabilities, created_at, "
-    "assigned_at, started_at, completed_at, not_before, deadline, retries, max_retries, errors: [{at, actor, "
-    "error}], checkpoint, checkpoint_at, progress (0 to 1), stage, result, artifacts: [{name, value}], cost, "
-    "tokens, api_calls, version, changed_at, changed_by, active_since, worked, schema; times: ISO 8601, UTC"
+    "assigned_at, started_at, completed_at, not_before, deadline, payload, scope, retries, max_retries, "
+    "errors: [{at, actor, error}], checkpoint, checkpoint_at, progress (0 to 1), stage, result, "
+    "artifacts: [{name, value}], cost, tokens, api_calls, version, changed_at, changed_by, active_since, "
+    "worked, schema; times: ISO 8601, UTC"
 )
 ONE_TASK = f"The task as it is then: {{{TASK_JSON}}}."
 LIKE_SHOW = "The task as it is then, as in `ledger tasks list`."
@@ -60,6 +61,13 @@ class Place:
         """The ledger, which is made if there is none."""
         url = self._url
         return self._with(url if url.startswith("json:") else url_of(url))
+
+    def keep_calls_beside(self, tasks: TaskLedger) -> None:
+        """Let the guard of this process keep its calls where whoever takes over looks, unless it is told."""
+        if os.environ.get("LEDGER_DB", "json:").startswith("json:"):  # which a guard cannot open
+            calls = tasks.store.calls()
+            here = str(calls.path) if isinstance(calls, SqliteStore) else url_of(self._url)
+            os.environ["LEDGER_DB"] = here
 
     @property
     def _url(self) -> str:
@@ -236,7 +244,7 @@ def value_options(what: str, name: str = "result") -> Callable[[Function], Funct
         def with_value(*args: Any, as_json_text: str | None, text: str | None, **values: Any) -> Any:
             if as_json_text is not None and text is not None:
                 raise click.UsageError(f"give {what} once: with --{name}, or as --text")
-            value = text if as_json_text is None else json_of(_or_stdin(as_json_text), f"--{name}")
+            value = text if as_json_text is None else json_of(or_stdin(as_json_text), f"--{name}")
             return function(*args, value=value, **values)
 
         options = [
@@ -248,7 +256,8 @@ def value_options(what: str, name: str = "result") -> Callable[[Function], Funct
     return decorate
 
 
-def _or_stdin(text: str) -> str:
+def or_stdin(text: str) -> str:
+    """The text, or what stdin has if it is a dash."""
     return sys.stdin.read() if text == "-" else text
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
@@ -13,6 +13,9 @@ from ledger_cli.tasks_grids import LOOKS, moment, percent, standing, state_cell
 from ledger_ops.values import clock, printable, span
 from ledger_tasks import Task, TaskEvent, TaskState
 from ledger_tasks.model import micros_of
+
+if TYPE_CHECKING:
+    from ledger_cli.tasks_following import Ended
 
 _BAR = 20
 _KINDS = {
@@ -79,7 +82,7 @@ def detail(task: Task, standings: Mapping[str, str], events: Sequence[TaskEvent]
             Text.assemble(bar(task.progress), f" {percent(task) or '0%'}  ", printable(task.stage)),
         )
     yield from _dependencies(task, standings)
-    for name, found in (("checkpoint", task.checkpoint), ("result", task.result)):
+    for name, found in (("payload", task.payload), ("checkpoint", task.checkpoint), ("result", task.result)):
         if found is not None:
             yield _block(name, _json(found))
     for artifact in task.artifacts:
@@ -115,6 +118,8 @@ def _plain_fields(task: Task) -> list[tuple[str, str]]:
         ("deadline", moment(task.deadline)),
         ("worked", span(task.worked * 1e6) if task.worked else ""),
         ("retries", f"{task.retries} of {task.max_retries}" if task.max_retries or task.retries else ""),
+        ("scope", f"{task.scope}: so often its tools were let run anew" if task.scope else ""),
+        ("workflow", printable(task.workflow) if task.started_at else ""),
         ("used", ", ".join(filter(None, used))),
     ]
 
@@ -234,15 +239,51 @@ def board(
         yield from map(event_line, events)
 
 
-def _held_line(task: Task, now: datetime) -> Text:
+def _held_line(task: Task, now: datetime, *, who: bool = True) -> Text:
     cell = state_cell(task)
     age = span(max(0.0, (now - (task.changed_at or now)).total_seconds()) * 1e6)
     text = Text.assemble(
         "  ", (f"{cell.text:<10}", cell.style), " ", (printable(task.id), "bold"), "  ",
-        bar(task.progress, 12, "cyan"), f" {task.progress:>4.0%}  {printable(task.assignee)}  ",
+        bar(task.progress, 12, "cyan"), f" {task.progress:>4.0%}  {f'{printable(task.assignee)}  ' * who}",
         (f"for {age}", "dim"),
     )  # fmt: skip
     text.append(f"  {printable(task.stage)}" if task.stage else "", "dim")
+    return text
+
+
+def worker_board(
+    agent: str,
+    about: str,
+    own: Mapping[str, int],
+    counts: Mapping[TaskState, int],
+    doing: Sequence[Task],
+    last: Iterable[Ended],
+    ending: str,
+) -> Iterator[Text]:
+    """One worker: since when it works and at what, what it has done, and what ended last."""
+    yield Text.assemble((agent, "bold"), "  ", (f"for {about}", "dim"))
+    left = sum(count for state, count in counts.items() if state in (TaskState.PENDING, TaskState.BLOCKED))
+    yield Text.assemble(
+        (f"✓ {own['done']:,} done   ", "green"),
+        (f"✗ {own['failed']:,} failed   ", "red" if own["failed"] else "dim"),
+        (f"○ {left:,} left in the session", "dim"),
+    )
+    now = utc_now()
+    for task in doing:
+        yield _held_line(task, now, who=False)
+    yield from map(ended_line, last)
+    if ending:
+        yield Text(ending, "yellow")
+
+
+def ended_line(one: Ended) -> Text:
+    """One run that ended, in a line."""
+    sign, style = LOOKS.get(one.state, ("·", ""))
+    text = Text.assemble((clock(micros_of(one.at)), "dim"), "  ", (f"{sign} {one.state:<9}", style), " ")
+    text.append(printable(one.task), "bold")
+    text.append(f"  in {span(one.seconds * 1e6)}", "dim")
+    text.append(f"  {printable(one.why)}" if one.why else "")
+    text.append(f"  → {one.then}" if one.then else "", "dim")
     return text
 
 

@@ -21,9 +21,9 @@ from ledger import UsageError
 from ledger_tasks import operations as ops
 from ledger_tasks.book import Row, TaskStore, Wanted
 from ledger_tasks.errors import NoSuchTask
-from ledger_tasks.model import Task, at, plain
+from ledger_tasks.model import Task, WorkerInfo, at, plain
 from ledger_tasks.sql import SqlBook, as_in_doc, escaped
-from ledger_tasks.states import HELD, LOST, TaskState
+from ledger_tasks.states import HELD, LEASED, LOST, TaskState
 from ledger_tasks.stores import tasks_of
 
 T = TypeVar("T")
@@ -39,6 +39,8 @@ _MOST_SESSIONS, _CHOICES_OF = 200, 2_000
 #: how many parts that are not shown are counted for one tree
 _MOST_COUNTED: Final = 20_000
 _MOST_PARENTS: Final = 300
+#: how many tasks that somebody has are looked through for what workers are doing
+_MOST_DOING: Final = 1_000
 #: a number above that of any event of a task
 _LAST: Final = 2**31 - 1
 #: how many events are looked through for one move
@@ -240,6 +242,19 @@ class Timeline:
         }  # fmt: skip
 
 
+class SeenWorker(NamedTuple):
+    """A worker, and what it is doing."""
+
+    session: str
+    worker: WorkerInfo
+    doing: list[Seen]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values only."""
+        doing = [seen.to_dict() for seen in self.doing]
+        return {"session": self.session, **self.worker.to_dict(), "doing": doing}
+
+
 def reader_of(store: ledger.Store) -> TaskReader | None:
     """What looks at the tasks beside the calls of a store; None if it is of a kind that keeps none."""
     try:
@@ -263,7 +278,7 @@ class TaskReader:
 
     def is_empty(self) -> bool:
         """Whether there is no task at all."""
-        return not self.is_begun() or not self._ask("SELECT num FROM tasks LIMIT 1")
+        return not self.is_begun() or not self.ask("SELECT num FROM tasks LIMIT 1")
 
     def _look(self, look: Callable[[SqlBook], T], session: str | None = None) -> T:
         if not self.is_begun():
@@ -272,7 +287,8 @@ class TaskReader:
             )
         return self.store.read(session or "", look)
 
-    def _ask(self, sql: str, **values: Any) -> list[Any]:
+    def ask(self, sql: str, **values: Any) -> list[Any]:
+        """The rows of a statement."""
         return self._look(lambda book: book.do(sql, **values))
 
     # -- sums and choices --
@@ -280,22 +296,22 @@ class TaskReader:
     def sessions(self) -> list[str]:
         """The names of the first two hundred sessions."""
         sql = "SELECT session FROM task_sessions ORDER BY session LIMIT :limit"
-        return [name for (name,) in self._ask(sql, limit=_MOST_SESSIONS)]
+        return [name for (name,) in self.ask(sql, limit=_MOST_SESSIONS)]
 
     def newest_session(self) -> str:
         """The session of the newest task."""
-        found = self._ask("SELECT session FROM tasks ORDER BY num DESC LIMIT 1")
+        found = self.ask("SELECT session FROM tasks ORDER BY num DESC LIMIT 1")
         return str(found[0][0]) if found else "main"
 
     def counts(self, session: str | None = None) -> dict[TaskState, int]:
         """How many tasks are in each state."""
         test = "" if session is None else " WHERE session = :session"
-        found = dict(self._ask(f"SELECT state, COUNT(*) FROM tasks{test} GROUP BY state", session=session))
+        found = dict(self.ask(f"SELECT state, COUNT(*) FROM tasks{test} GROUP BY state", session=session))
         return {state: found[state.value] for state in TaskState if state.value in found}
 
     def choices(self) -> tuple[list[str], list[str]]:
         """Types and agents of the newest tasks, for the fields of a filter."""
-        rows = self._ask("SELECT type, assignee FROM tasks ORDER BY num DESC LIMIT :limit", limit=_CHOICES_OF)
+        rows = self.ask("SELECT type, assignee FROM tasks ORDER BY num DESC LIMIT :limit", limit=_CHOICES_OF)
         return sorted({kind for kind, _ in rows}), sorted({agent for _, agent in rows if agent})
 
     # -- pages --
@@ -313,7 +329,7 @@ class TaskReader:
         return self._search(wanted, before, limit, time.monotonic() + seconds)
 
     def _newest(self) -> int:
-        return int(self._ask("SELECT COALESCE(MAX(num), 0) FROM tasks")[0][0])
+        return int(self.ask("SELECT COALESCE(MAX(num), 0) FROM tasks")[0][0])
 
     def _page_of(self, nums: Sequence[int], limit: int) -> TaskPage:
         tasks = self._named(nums[:limit])
@@ -338,7 +354,7 @@ class TaskReader:
         inside = ", ".join(str(int(num)) for num in nums)
         if not inside:
             return []
-        rows = self._ask(f"SELECT {_SEEN} FROM whole_tasks WHERE num IN ({inside}) ORDER BY num DESC")
+        rows = self.ask(f"SELECT {_SEEN} FROM whole_tasks WHERE num IN ({inside}) ORDER BY num DESC")
         return [_seen(row) for row in rows]
 
     def _search(self, wanted: Wanted, before: int, limit: int, deadline: float) -> TaskPage:
@@ -349,7 +365,7 @@ class TaskReader:
         window = _FIRST_WINDOW
         while before > 1:
             floor, room = max(before - window, 1), limit + 1 - len(found)
-            rows = [_seen(row) for row in self._ask(sql, floor=floor, before=before, limit=room, **values)]
+            rows = [_seen(row) for row in self.ask(sql, floor=floor, before=before, limit=room, **values)]
             found += [seen for seen in rows if mentions(seen, wanted.text) and _has_tag(seen, wanted.tag)]
             # a window that was cut by its limit goes on below its last row
             before = rows[-1].num if len(rows) == room else floor
@@ -361,9 +377,7 @@ class TaskReader:
         return TaskPage(found, 0)
 
     def _added_at(self, before: int) -> datetime | None:
-        rows = self._ask(
-            f"SELECT {_SEEN} FROM whole_tasks WHERE num >= :num ORDER BY num LIMIT 1", num=before
-        )
+        rows = self.ask(f"SELECT {_SEEN} FROM whole_tasks WHERE num >= :num ORDER BY num LIMIT 1", num=before)
         return _seen(rows[0]).task.created_at if rows else None
 
     # -- one task --
@@ -393,6 +407,15 @@ class TaskReader:
         after = [(seen[link.task], link.on_failure) for link in links if link.on == num]
         return before, after
 
+    def parts(self, session: str, parent: str, kind: str, limit: int) -> list[Seen]:
+        """The first parts of a task that are of that type, in the order in which they were added."""
+        sql = (
+            f"SELECT {_SEEN} FROM whole_tasks WHERE session = :session AND parent = :parent AND parent <> ''"
+            " AND type = :kind ORDER BY num LIMIT :limit"
+        )
+        rows = self.ask(sql, session=session, parent=parent, kind=kind, limit=limit)
+        return [_seen(row) for row in rows]
+
     def ancestors(self, session: str, task: Task, limit: int = 20) -> list[Task]:
         """What it is a part of, the outermost first."""
         found: list[Task] = []
@@ -412,7 +435,7 @@ class TaskReader:
     def news(self, after: int, limit: int) -> list[Happened]:
         """What happened after that number, oldest first."""
         sql = f"SELECT {_HAPPENED} FROM task_events WHERE seq > :after ORDER BY seq LIMIT :limit"
-        return [_happened(row) for row in self._ask(sql, after=after, limit=limit)]
+        return [_happened(row) for row in self.ask(sql, after=after, limit=limit)]
 
     def events(self, session: str, task_id: str, limit: int, before: int = 0) -> list[Told]:
         """The newest events of a task, below its event number `before`; newest first."""
@@ -424,7 +447,7 @@ class TaskReader:
         values = {"session": session, "task": task_id, "before": before or _LAST, "limit": limit}
         return [
             Told._make((*row[:8], at(row[8]), json.loads(row[9]) if row[9] else None))
-            for row in self._ask(sql, **values)
+            for row in self.ask(sql, **values)
         ]
 
     # -- trees --
@@ -451,7 +474,7 @@ class TaskReader:
             f" SELECT ({least} AND tasks.parent > parents.id) FROM parents WHERE parents.id IS NOT NULL)"
             " SELECT id FROM parents WHERE id IS NOT NULL LIMIT :limit"
         )
-        return [name for (name,) in self._ask(sql, session=session, after=after, limit=_MOST_PARENTS)]
+        return [name for (name,) in self.ask(sql, session=session, after=after, limit=_MOST_PARENTS)]
 
     def tree(self, roots: Sequence[Seen], most: int, wide: int) -> list[Twig]:
         """Tasks with their parts and the parts of these, in the order of reading.
@@ -501,13 +524,29 @@ class TaskReader:
         lanes = _lanes([one for one in happened if one.at >= begin], held, begin, bars)
         return Timeline(begin, max(now, begin), lanes[:agents], max(len(lanes) - agents, 0), complete)
 
+    def workers(self, session: str | None, limit: int) -> list[SeenWorker]:
+        """The workers that were seen last: those that are alive first, then the newest; one more than `limit` at most."""
+        test = "" if session is None else " WHERE session = :session"
+        sql = f"SELECT session, about FROM task_workers{test} ORDER BY seen DESC, id LIMIT :limit"
+        rows = self.ask(sql, session=session, limit=limit + 1)
+        silent = at(self._look(lambda book: book.now) - ops.SILENCE)
+        doing: dict[tuple[str, str], list[Seen]] = {}
+        for seen in self._held(session, _MOST_DOING) if rows else ():
+            if seen.task.state in LEASED:
+                doing.setdefault((seen.task.session, seen.task.assignee), []).append(seen)
+        found = [_as_worker(name, json.loads(about), silent, doing) for name, about in rows]
+        # those that live stand still in a list, whoever of them spoke last
+        return sorted(
+            found, key=lambda one: (not one.worker.alive, one.worker.id if one.worker.alive else "")
+        )
+
     def _moves(self, session: str | None, limit: int) -> tuple[list[Happened], datetime | None]:
         """The newest moves, oldest first, and the time before which nothing was looked at (None: it was all)."""
         further = "SELECT seq, at FROM task_events ORDER BY seq DESC LIMIT 1 OFFSET :window"
-        beyond = self._ask(further, window=_EVENTS_PER_MOVE * limit)
+        beyond = self.ask(further, window=_EVENTS_PER_MOVE * limit)
         test = "" if session is None else " AND session = :session"
         sql = f"SELECT {_HAPPENED} FROM task_events WHERE seq > :floor AND kind = 'moved'{test} ORDER BY seq DESC LIMIT :limit"
-        rows = self._ask(sql, floor=beyond[0][0] if beyond else 0, limit=limit, session=session)
+        rows = self.ask(sql, floor=beyond[0][0] if beyond else 0, limit=limit, session=session)
         happened = [_happened(row) for row in reversed(rows)]
         if len(happened) == limit:
             return happened, happened[0].at
@@ -526,6 +565,14 @@ class TaskReader:
 
 
 # -- rows --
+
+
+def _as_worker(
+    session: str, about: dict[str, Any], silent: datetime, doing: dict[tuple[str, str], list[Seen]]
+) -> SeenWorker:
+    worker = ops.as_alive(WorkerInfo.from_dict(about), silent)
+    mine = doing.get((session, worker.agent), []) if worker.alive else []
+    return SeenWorker(session, replace(worker, doing=tuple(seen.task.id for seen in mine)), mine)
 
 
 def _seen(row: Sequence[Any]) -> Seen:

@@ -35,9 +35,9 @@ def progress(ledger: TaskLedger, compound: str) -> dict[str, Any]:
     """The full picture of a compound: its plan, each subtask, totals. Raises `NoSuchTask`."""
     whole = compound_of(ledger, compound)
     parts = parts_of(ledger, whole.id)
-    subtasks = _subtasks(parts)
+    subtasks = subtasks_of(parts)
     return {
-        **_heading(whole, parts),
+        **heading_of(whole, parts),
         "prompt": whole.description,
         "reasoning": whole.payload["reasoning"],
         "subtasks": subtasks,
@@ -85,7 +85,7 @@ def parts_of(ledger: TaskLedger, compound: str) -> list[Task]:
     return [*filter(is_planned, ledger.tasks(parent=compound, type=SUBTASK))]
 
 
-def _heading(whole: Task, parts: list[Task]) -> dict[str, Any]:
+def heading_of(whole: Task, parts: list[Task]) -> dict[str, Any]:
     """What a list and the full picture have in common."""
     return {
         "id": whole.id,
@@ -131,7 +131,8 @@ def summary_of(parts: list[Task]) -> dict[str, Any]:
 # -- its subtasks --
 
 
-def _subtasks(parts: list[Task]) -> list[dict[str, Any]]:
+def subtasks_of(parts: list[Task]) -> list[dict[str, Any]]:
+    """Subtasks of one compound as the full picture has them."""
     by_id = {part.id: part for part in parts}
     causes: dict[str, str] = {}
     return [_subtask(part, by_id, causes) for part in parts]
@@ -230,9 +231,9 @@ def _listed(ledger: TaskLedger, whole: Task) -> dict[str, Any]:
     """As it ended, or as its subtasks stand now."""
     ended = whole.result if whole.state == _S.DONE else whole.checkpoint
     if whole.state not in ENDED or not isinstance(ended, dict):
-        return _heading(whole, parts_of(ledger, whole.id))
+        return heading_of(whole, parts_of(ledger, whole.id))
     told = {"completed_count": ended["completed_count"], "total_cost": ended["total_cost"]}
-    return _heading(whole, []) | told
+    return heading_of(whole, []) | told
 
 
 # -- for billing --

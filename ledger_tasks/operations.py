@@ -767,6 +767,10 @@ def _parts(book: Book, task_id: str) -> list[Row]:
 _REMEMBERED: Final = 7 * 86400 * 1_000_000
 
 
+#: microseconds without a word after which a worker is taken for dead
+SILENCE: Final = int(3e6 * WorkerInfo.EVERY)
+
+
 def beat(book: Book, worker: WorkerInfo) -> WorkerInfo:
     """A worker lives, by the store's clock; at its first word, those that were seen long ago are forgotten."""
     now = at(book.now)
@@ -777,14 +781,20 @@ def beat(book: Book, worker: WorkerInfo) -> WorkerInfo:
 
 def workers(book: Book) -> list[WorkerInfo]:
     """Those that were seen lately, newest first, with what they are doing."""
-    silent = at(book.now - int(3e6 * WorkerInfo.EVERY))
-    return [_as_seen(book, worker, silent) for worker in book.workers()]
+    silent = at(book.now - SILENCE)
+    return [_as_seen(book, as_alive(worker, silent)) for worker in book.workers()]
 
 
-def _as_seen(book: Book, worker: WorkerInfo, silent: datetime) -> WorkerInfo:
+def as_alive(worker: WorkerInfo, silent: datetime) -> WorkerInfo:
+    """With the word whether it is alive: not ended, and seen since then."""
     alive = not worker.ended and worker.seen_at is not None and worker.seen_at > silent
-    held = book.page(Wanted(states=frozenset(LEASED), assignee=worker.agent), 100) if alive else ()
-    return replace(worker, alive=alive, doing=tuple(row.task.id for row in held))
+    return replace(worker, alive=alive)
+
+
+def _as_seen(book: Book, worker: WorkerInfo) -> WorkerInfo:
+    mine = Wanted(states=frozenset(LEASED), assignee=worker.agent)
+    held = book.page(mine, 100) if worker.alive else ()
+    return replace(worker, doing=tuple(row.task.id for row in held))
 
 
 # -- recovery --

@@ -113,10 +113,10 @@ class Worker:
 
         In the main thread SIGTERM and Ctrl-C end it gracefully.
         """
-        self.start(until_idle=until_idle)
-        with _Signals(self.stop):
+        with _Signals(self.stop):  # before anything is taken
+            self.start(until_idle=until_idle)
             try:
-                self._wait()
+                self._serve()
             finally:
                 self.close()
 
@@ -124,7 +124,7 @@ class Worker:
         """The same in an asyncio program: its coroutines run in this loop. Cancel it to end it gracefully."""
         self.start(until_idle=until_idle, loop=asyncio.get_running_loop())
         try:
-            await asyncio.to_thread(self._wait)
+            await asyncio.to_thread(self._serve)
         finally:
             self.stop()
             await asyncio.shield(asyncio.to_thread(self.close))
@@ -175,7 +175,12 @@ class Worker:
         with self._state:
             return list(self._jobs.values())
 
-    def _wait(self, seconds: float = math.inf) -> None:
+    def _serve(self) -> None:
+        """Until it is told to end; from then on the grace counts."""
+        while not self._ends.wait(0.2) and any(thread.is_alive() for thread in self._threads):
+            pass
+
+    def _wait(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         for thread in self._threads:
             while thread.is_alive() and (left := until - time.monotonic()) > 0:
@@ -245,7 +250,13 @@ class Worker:
         """Whether nothing of its types is begun, here or elsewhere, and nothing can be begun, now or later."""
         types = None if "*" in self._handlers else list(self._handlers)
         found = self.ledger.tasks(state=[TaskState.PENDING, *LEASED])
-        return all(task.waiting for task in found if types is None or task.type in types)
+        return all(
+            task.waiting or not self._is_able(task) for task in found if types is None or task.type in types
+        )
+
+    def _is_able(self, task: Task) -> bool:
+        can = self._options["capabilities"]
+        return can is None or set(task.capabilities) <= set(can)
 
     def _look(self, look: Callable[[Any], list[Row]]) -> list[Row]:
         return self.ledger.store.read(self.ledger.session, look)
@@ -419,8 +430,9 @@ class _Home:
     def close(self) -> None:
         if self._own is not None and self._thread is not None:
             self._own.call_soon_threadsafe(self._own.stop)
-            self._thread.join()
-            self._own.close()
+            self._thread.join(_AFTERWARDS)
+            if not self._thread.is_alive():  # a coroutine that blocks its loop keeps it
+                self._own.close()
             self._own = None
 
 

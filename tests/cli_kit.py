@@ -173,6 +173,7 @@ class Terminal:
         *words: object,
         columns: int = 100,
         env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
         stdout: IO[bytes] | None = None,
     ) -> None:
         self._master, slave = pty.openpty()
@@ -183,6 +184,7 @@ class Terminal:
             stdout=slave if stdout is None else stdout,
             stderr=slave,
             env=environment(env),
+            cwd=cwd,
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - one system call
         )

@@ -99,6 +99,19 @@ def when(value: datetime | None) -> Markup:
     return moment(None if value is None else micros_of(value))
 
 
+def isotime(text: str | None) -> Markup | str:
+    """A time that is kept as ISO 8601; in its own words where it is none."""
+    try:
+        return when(task_moment(text))
+    except (ValueError, OverflowError, LedgerError):
+        return str(text)
+
+
+def dollars(cost: float) -> str:
+    """An amount in US dollars: cents, and what is less than one in full."""
+    return f"${cost:,.2f}" if cost >= 1 or not cost else f"${cost:.4f}".rstrip("0").ljust(5, "0")
+
+
 def lasted(seconds: float | None) -> str:
     """How long something of a task took."""
     return "—" if seconds is None else span(max(seconds, 0.0) * 1e6)
@@ -106,11 +119,7 @@ def lasted(seconds: float | None) -> str:
 
 def error_time(entry: dict[str, Any]) -> Markup | str:
     """When an error of a task was recorded; in its own words where they are no time."""
-    text = str(entry.get("at", ""))
-    try:
-        return when(task_moment(text))
-    except (ValueError, OverflowError, LedgerError):
-        return text
+    return isotime(str(entry.get("at", "")))
 
 
 def branches(value: Any) -> Node | None:
@@ -273,6 +282,8 @@ def make_environment() -> Environment:
     made.filters |= {
         "when": when,
         "lasted": lasted,
+        "isotime": isotime,
+        "dollars": dollars,
         "branches": branches,
         "error_time": error_time,
         "task_state": task_state,

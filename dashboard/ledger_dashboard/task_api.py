@@ -18,7 +18,8 @@ from ledger_dashboard.source import Opened
 from ledger_ops.values import Filter, record_dict
 from ledger_tasks import Task, TaskLedger, TaskState
 from ledger_tasks.book import Wanted
-from ledger_tasks.browse import Graph, Seen, TaskReader, Timeline, Told, Twig
+from ledger_tasks.browse import Graph, Seen, SeenWorker, TaskReader, Timeline, Told, Twig
+from ledger_tasks.browse_compounds import SeenCompound, compound, compounds
 from ledger_tasks.model import at
 from ledger_tasks.states import ENDED, state_from
 
@@ -30,6 +31,7 @@ _PAGE, _MOST_PAGE = 50, 500
 _ROOTS, _MOST_IN_TREE, _MOST_PARTS = 30, 300, 50
 _MOST_IN_GRAPH = 200
 _MOVES, _AGENTS, _BARS = 2_000, 30, 200
+_WORKERS, _SUBTASKS = 100, 200
 _NEIGHBOURS, _EVENTS, _CALLS = 50, 100, 10
 _MOST_NUMBER, _MOST_EVENT = 2**62, 2**31 - 1
 
@@ -194,6 +196,61 @@ async def get_agents(request: Request) -> Response:
     return Json(await run_in_threadpool(gather))
 
 
+def workers_of(request: Request, reader: TaskReader) -> tuple[list[SeenWorker], bool]:
+    """Workers of a session or of all, and whether there are more."""
+    found = reader.workers(text_of(request, "session"), _WORKERS)
+    return found[:_WORKERS], len(found) > _WORKERS
+
+
+@steady
+async def get_workers(request: Request) -> Response:
+    """Who is at work, since when, and at what."""
+    text_of(request, "session")
+    opened = await opened_for(request)
+
+    def gather() -> dict[str, Any]:
+        reader = reader_for(opened)
+        found, is_cut = workers_of(request, reader) if reader.is_begun() else ([], False)
+        return {"workers": [one.to_dict() for one in found], "cut": is_cut}
+
+    return Json(await run_in_threadpool(gather))
+
+
+@steady
+async def get_compounds(request: Request) -> Response:
+    """Compounds, newest first."""
+    limit = max(count_of(request, "limit", _PAGE, _PAGE), 1)
+    after = count_of(request, "cursor", 0, _MOST_NUMBER)
+    session = text_of(request, "session")
+    opened = await opened_for(request)
+
+    def gather() -> dict[str, Any]:
+        reader = reader_for(opened)
+        if reader.is_empty():
+            return {"compounds": [], "cursor": None, "complete": True}
+        found = compounds(reader, session, after, limit, SEARCH_SECONDS)
+        return {
+            "compounds": found.compounds,
+            "cursor": found.page.cursor or None,
+            "complete": found.page.complete,
+        }
+
+    return Json(await run_in_threadpool(gather))
+
+
+def compound_of(request: Request, reader: TaskReader) -> SeenCompound:
+    """The compound that is asked for. Raises `NoSuchTask`."""
+    return compound(reader, *named(request), _SUBTASKS)
+
+
+@steady
+async def get_compound(request: Request) -> Response:
+    """One compound, with its subtasks and what they wait for."""
+    named(request)
+    opened = await opened_for(request)
+    return Json(await run_in_threadpool(lambda: compound_of(request, reader_for(opened)).to_dict()))
+
+
 class Whole(NamedTuple):
     """All that is known of one task."""
 
@@ -246,8 +303,9 @@ async def get_task(request: Request) -> Response:
 
 async def retry(request: Request) -> Response:
     """Let a failed or dead task be done again."""
-    asked = await body_of(request, {"session": str, "id": str, "reason": str})
-    return await _decide(request, "retry", asked, reason=asked.get("reason", "").strip())
+    asked = await body_of(request, {"session": str, "id": str, "reason": str, "fresh": bool})
+    options = {"reason": asked.get("reason", "").strip(), "fresh": asked.get("fresh", False)}
+    return await _decide(request, "retry", asked, **options)
 
 
 async def cancel(request: Request) -> Response:

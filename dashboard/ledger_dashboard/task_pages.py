@@ -18,6 +18,7 @@ from ledger_dashboard.source import Opened
 from ledger_dashboard.task_api import (
     FIELDS,
     UNENDED,
+    compound_of,
     forest_of,
     graph_of,
     named,
@@ -27,13 +28,15 @@ from ledger_dashboard.task_api import (
     timeline_of,
     wanted_of,
     whole_of,
+    workers_of,
 )
 from ledger_tasks import NEXT, Task, TaskState
 from ledger_tasks.book import Wanted
 from ledger_tasks.browse import TaskReader
+from ledger_tasks.browse_compounds import compounds
 from ledger_tasks.model import micros_of
 
-_TASKS, _MOST_TASKS, _DEAD = 50, 150, 50
+_TASKS, _MOST_TASKS, _DEAD, _COMPOUNDS = 50, 150, 50, 30
 _RANGES = (("15m", "15 min"), ("1h", "1 hour"), ("24h", "24 hours"), ("all", "all"))
 _LOG = TaskLog()
 
@@ -107,6 +110,50 @@ async def get_agents(request: Request) -> Response:
         request, "task_agents", gather, ranges=_RANGES, chosen=text_of(request, "since") or "all",
         kept_session=f"&{urlencode({'session': asked})}" if asked else "",
     )  # fmt: skip
+
+
+@steady
+async def get_workers(request: Request) -> Response:
+    """Who is at work, since when, and at what."""
+
+    def gather(_: Opened, reader: TaskReader) -> dict[str, Any]:
+        found, is_cut = workers_of(request, reader)
+        return {"found": [one for one in found if not one.worker.ended], "is_cut": is_cut,
+                "ended": [one for one in found if one.worker.ended]}  # fmt: skip
+
+    return await _show(request, "task_workers", gather)
+
+
+@steady
+async def get_compounds(request: Request) -> Response:
+    """Compounds, newest first."""
+    after = count_of(request, "cursor", 0, 2**62)
+
+    def gather(_: Opened, reader: TaskReader) -> dict[str, Any]:
+        found = compounds(reader, text_of(request, "session"), after, _COMPOUNDS, SEARCH_SECONDS)
+        page = found.page
+        return {
+            "found": found,
+            "next": query_with(request, cursor=str(page.cursor)) if page.cursor else None,
+            "reached": None if page.complete else moment(micros_of(page.reached) or None),
+        }
+
+    return await _show(request, "task_compounds", gather, is_further=bool(after))
+
+
+@steady
+async def get_compound(request: Request) -> Response:
+    """One compound: how far it is, what it costs, its subtasks as a graph and as a list."""
+    named(request)
+    opened = await opened_for(request)
+    reader_for(opened)
+
+    def gather(_: Opened, reader: TaskReader) -> dict[str, Any]:
+        found = compound_of(request, reader)
+        cancels = {"task_cancel"} & _offers(found.seen.task)
+        return {"found": found, "told": found.told, "offers": cancels}
+
+    return await _show(request, "task_compound", gather, always=True)
 
 
 @steady

@@ -8,7 +8,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from ledger import Guard
-from ledger_tasks import Claim, Dep, Task, TaskLedger
+from ledger_tasks import Claim, CompoundRunner, Dep, Task, TaskLedger, WorkerInfo
+from tests.tasks.compound_kit import plan, step
 
 
 def begun(tasks: TaskLedger, task_id: str, agent: str) -> Claim:
@@ -40,7 +41,7 @@ def tell_of_tasks(db: Path | str) -> None:
         Task("archive", depends_on=(Dep("send", on_failure="run"),)),
         Task("feed", title="Price feed", type="tool", max_retries=1),
         Task("prices", title="Update prices", depends_on=(Dep("feed"),)),
-        Task("backup", type="tool"),
+        Task("backup", type="tool", payload={"disk": "sda", "keep": [7, 30]}),
         Task("refund", title="Refund A-7", type="review"),
     ])  # fmt: skip
     tasks.add_subtasks("report", ["first source", "second source", "third source"])
@@ -54,10 +55,24 @@ def tell_of_tasks(db: Path | str) -> None:
         tasks.fail(begun(tasks, "feed", "ann"), "TimeoutError: no answer", retry_in=0)
     tasks.fail(begun(tasks, "backup", "bob"), "PermissionError: read-only disk")
     tasks.pause(begun(tasks, "refund", "clerk"), "waits for the manager")
+    tasks.beat(WorkerInfo("w-1", "bob", "vm1", 4711, ("*",), 4, done=3, failed=1))
+    tasks.beat(WorkerInfo("w-2", "ann", "vm2", 4712, ("tool", "task"), 2, done=1, failed=2, ended=True))
     tasks.in_session("other").add_task("lonely", description="answer the question")
     tasks.close()
     with guarding(db) as guard, guard.workflow("task:report.2"):
         guard.call(fetch, {"page": 1})
+
+
+def submit_compound(tasks: TaskLedger, compound: str = "c-1", prompt: str = "compare two libraries") -> None:
+    """A compound one subtask of which has failed, what waits for it with it, and one of which goes on."""
+    steps = (step(0), step(1, tier=2), step(2, 0), step(3, 1, 2, tier=3))
+    made = plan(*steps, reasoning="the facts first")
+    with CompoundRunner(tasks, made, str, name=compound, start=False) as runner:
+        runner.submit(prompt, id=compound)
+    first = begun(tasks, f"{compound}.0", "crew")
+    tasks.complete(first, result={"licence": "MIT"}, cost=0.008, tokens=70)
+    tasks.fail(begun(tasks, f"{compound}.1", "crew"), "TimeoutError: no answer in 120 s")
+    begun(tasks, f"{compound}.2", "crew")
 
 
 def fetch(page: dict[str, int]) -> str:

@@ -34,6 +34,7 @@ LOOKING = (
     ("awareness",),
     ("metrics",),
     ("deliveries",),
+    ("workers",),
     ("verify",),
     ("watch", "--until-done"),
     ("export",),
@@ -47,6 +48,7 @@ MOVING = (
     ("retry", "a"),
     ("cancel", "a"),
     ("recover",),
+    ("run", "json:loads"),
     ("depend", "a", "b"),
 )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, expect
 
-from ledger_tasks import Dep, Task, TaskLedger, TaskState
+from ledger_tasks import Dep, Task, TaskContext, TaskLedger, TaskState, Worker, WorkerInfo
 from tests.browser_kit import (
     CONTRAST,
     PATIENCE_MS,
@@ -30,7 +31,9 @@ VIEWS = {
     "tree": "/tasks/tree?session=main",
     "graph": "/tasks/graph?session=main",
     "agents": "/tasks/agents",
+    "workers": "/tasks/workers",
     "dead": "/tasks/dead",
+    "payload": "/tasks/task?id=backup",
     "task": "/tasks/task?id=report.2",
     "dead-task": "/tasks/task?id=feed",
 }
@@ -176,6 +179,55 @@ def test_pages_of_tasks_follow_what_happens(browser: Browser, visits: Visits, db
     tasks.close()
 
 
+def test_the_page_of_workers_follows_a_real_one(browser: Browser, visits: Visits, db: Path) -> None:
+    """It appears when it takes a task, with a link to that; when it has ended it stands among the ended."""
+    tasks = TaskLedger(db, agent="robot", quiet=True)
+    tasks.add_tasks([Task("first", title="The first one"), Task("second")])
+    gate = threading.Event()
+
+    def work(task: Task, context: TaskContext) -> str:
+        context.progress(0.25, "at the gate")
+        return "through" if gate.wait(60) else "never"
+
+    with serving(db) as server:
+        page = visit(browser, visits, server.url).go("/tasks/workers")
+        expect(page.locator(".empty h2")).to_have_text("No worker was seen")
+        with Worker(tasks, work, agent="robot", concurrency=1):
+            card = page.locator(".workers > li")
+            expect(card).to_contain_text("at the gate", timeout=PATIENCE_MS)
+            expect(card.locator("h2 .badge")).to_have_text("alive")
+            expect(card.get_by_role("link", name="The first one")).to_be_visible()
+            gate.set()
+            expect(card).to_contain_text("It has nothing to do", timeout=PATIENCE_MS)
+        expect(page.locator("#ended-title")).to_be_visible(timeout=PATIENCE_MS)
+        expect(page.locator("tbody tr")).to_contain_text(["robot"])
+        expect(page.locator("tbody .grade")).to_have_text("100.0 %")
+        page.get_by_role("link", name="robot").click()
+        expect(page.locator("#rows tr")).to_have_count(2)
+    tasks.close()
+
+
+def test_a_person_lets_a_task_run_anew(browser: Browser, visits: Visits, db: Path) -> None:
+    """The box is offered with a retry and not with a cancel; ticked, the task has a scope of its own."""
+    tell_of_tasks(db)
+    tasks = TaskLedger(db)
+    with serving(db) as server:
+        page = visit(browser, visits, server.url).go("/tasks/task?id=backup")
+        dialog = page.get_by_role("dialog")
+        page.get_by_role("button", name="Cancel").click()
+        expect(dialog.get_by_label("afresh")).to_be_hidden()
+        dialog.get_by_role("button", name="Leave it").click()
+        page.get_by_role("button", name="Retry").click()
+        dialog.get_by_label("afresh").check()
+        dialog.get_by_label("Reason").fill("a new disk")
+        dialog.get_by_role("button", name="Retry").click()
+        expect(page.locator(".facts")).to_contain_text("Scope")
+        expect(page.get_by_role("link", name="task:backup#1")).to_be_visible()
+
+    assert (TaskState.PENDING, 1) == (tasks.get("backup").state, tasks.get("backup").scope)
+    tasks.close()
+
+
 def test_a_person_retries_a_dead_task_for_a_reason(browser: Browser, visits: Visits, db: Path) -> None:
     """The dialog names the task and shows the refusal without a reason; with one the task leaves the list."""
     tell_of_tasks(db)
@@ -249,7 +301,7 @@ def test_nothing_recorded_of_tasks_ever_runs(browser: Browser, visits: Visits, d
     """A script in id, title, description, error, result, agent, session and the rest is shown as text."""
     tasks = TaskLedger(db, agent=PAYLOAD, session=PAYLOAD, source=PAYLOAD, quiet=True)
     tasks.add_tasks([
-        Task(PAYLOAD, PAYLOAD, title=PAYLOAD, type=PAYLOAD, tags=(PAYLOAD,)),
+        Task(PAYLOAD, PAYLOAD, title=PAYLOAD, type=PAYLOAD, tags=(PAYLOAD,), payload={PAYLOAD: PAYLOAD}),
         Task("after" + PAYLOAD, title=PAYLOAD, depends_on=(Dep(PAYLOAD, on_failure="run"),)),
         Task("part" + PAYLOAD, title=PAYLOAD, parent="after" + PAYLOAD),
     ])  # fmt: skip
@@ -258,12 +310,15 @@ def test_nothing_recorded_of_tasks_ever_runs(browser: Browser, visits: Visits, d
     tasks.checkpoint(claim, {PAYLOAD: PAYLOAD})
     tasks.add_artifact(claim, PAYLOAD, PAYLOAD)
     tasks.fail(claim, PAYLOAD)
+    tasks.beat(WorkerInfo(PAYLOAD, PAYLOAD, PAYLOAD, 1, (PAYLOAD,), 1))
+    tasks.beat(WorkerInfo(f"{PAYLOAD}2", PAYLOAD, PAYLOAD, 1, (PAYLOAD,), 1, ended=True))
     with serving(db) as server:
         visitor = visit(browser, visits, server.url)
         page = visitor.go("/tasks")
         expect(page.locator("#rows tr")).to_have_count(3)
         links = [str(link.get_attribute("href")) for link in page.locator("#rows a").all()]
-        for path in ("/tasks", "/tasks/tree", "/tasks/graph", "/tasks/agents", "/tasks/dead", *links):
+        paths = [f"/tasks{view}" for view in ("", "/tree", "/graph", "/agents", "/workers", "/dead")]
+        for path in (*paths, *links):
             page = visitor.go(path)
             if path.endswith("graph"):
                 expect(page.locator("#graph .node")).to_have_count(3)

@@ -7,6 +7,7 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from ledger_dashboard import create_app
 from starlette.testclient import TestClient
 
-from ledger_tasks import Dep, Task, TaskLedger, TaskState
+from ledger_tasks import Dep, Task, TaskLedger, TaskState, WorkerInfo
 from tests.actors import PATIENCE, eventually
 from tests.dashboard_kit import Server, csrf_of, serving
 from tests.stores.dynamo_kit import dynamo_url
@@ -24,8 +25,8 @@ from tests.tasks.dash_kit import begun, fill, guarding, tell_of_tasks
 from tests.test_dashboard_http import listen, schema_errors
 
 HTML = {"Accept": "text/html"}
-PAGES = ("/tasks", "/tasks/tree", "/tasks/graph", "/tasks/agents", "/tasks/dead")
-APIS = ("/api/tasks", "/api/tasks/tree", "/api/tasks/graph", "/api/tasks/agents")
+PAGES = ("/tasks", "/tasks/tree", "/tasks/graph", "/tasks/agents", "/tasks/workers", "/tasks/dead")
+APIS = ("/api/tasks", "/api/tasks/tree", "/api/tasks/graph", "/api/tasks/agents", "/api/tasks/workers")
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +275,61 @@ def test_the_timeline_has_what_each_agent_did(client: httpx.Client) -> None:
     assert found["complete"]
 
 
+def test_workers_are_shown_with_what_they_are_doing(db: Path) -> None:
+    """Alive, silent or ended, by session; what one does that has died is nobody's, and no guess is shown."""
+    tell_of_tasks(db)
+    tasks = TaskLedger(db)
+    tasks.in_session("other").beat(WorkerInfo("w-3", "carl", "vm3", 1, ("mail",), 8))
+    tasks.beat(WorkerInfo("w-4", "bob", "vm0", 2, ("*",), 1))
+    fall_silent(db, "w-4")
+    with visitor(db) as client:
+        found = client.get("/api/tasks/workers").json()
+        main = client.get("/api/tasks/workers?session=main").json()["workers"]
+        page = client.get("/tasks/workers").text
+    tasks.close()
+
+    told = [(one["agent"], one["session"], one["alive"], one["ended"]) for one in found["workers"]]
+    assert [("bob", "main", True, False), ("carl", "other", True, False)] == told[:2]
+    assert {("ann", "main", False, True), ("bob", "main", False, False)} == set(told[2:])
+    assert not found["cut"]
+    assert [("report.2", "reading page 3", 0.5)] == [
+        (task["id"], task["stage"], task["progress"]) for task in main[0]["doing"]
+    ]
+    assert (0.75, None) == (found["workers"][0]["success_rate"], found["workers"][1]["success_rate"])
+    assert [["report.2"], [], []] == [[task["id"] for task in one["doing"]] for one in main]
+    assert "silent</span> <a" in page
+    assert "75.0 %" in page
+    assert "reading page 3" in page
+    assert "process 4711 on vm1" in page
+
+
+def fall_silent(db: Path, worker: str) -> None:
+    """Let a worker have said its last word an hour ago."""
+    with closing(sqlite3.connect(db)) as file, file:
+        [(about,)] = file.execute("SELECT about FROM task_workers WHERE id = ?", (worker,))
+        found = json.loads(about)
+        hour_ago = datetime.fromisoformat(found["seen_at"]) - timedelta(hours=1)
+        found["seen_at"] = hour_ago.isoformat()
+        file.execute("UPDATE task_workers SET about = ? WHERE id = ?", (json.dumps(found), worker))
+
+
+def test_a_hundred_workers_are_shown_and_that_there_are_more(db: Path) -> None:
+    """The page stays small however many were seen."""
+    tasks = TaskLedger(db, quiet=True)
+    tasks.add_task("a")
+    for number in range(101):
+        tasks.beat(
+            WorkerInfo(f"w-{number}", f"agent {number}", "vm", number, ("*",), 1, ended=number % 2 > 0)
+        )
+    tasks.close()
+    with visitor(db) as client:
+        found, page = client.get("/api/tasks/workers").json(), client.get("/tasks/workers").text
+
+    assert (100, True) == (len(found["workers"]), found["cut"])
+    assert "there are more" in page
+    assert len(page) < 150_000
+
+
 def test_a_hundred_thousand_tasks_are_looked_at_in_part(db: Path) -> None:
     """Pages stay small; a search ends after a moment, and going on finds what is far back."""
     tell_of_tasks(db)
@@ -325,8 +381,9 @@ def test_a_ledger_without_tasks_says_how_to_begin_and_is_not_written_to(db: Path
         missing = client.get("/tasks/task?id=x").status_code, client.get("/api/tasks/task?id=x").status_code
 
     assert all("No tasks yet" in text and "add_tasks" in text for text in texts)
-    assert [[], [], [], []] == [
-        answer[name] for answer, name in zip(empty, ("tasks", "tree", "tasks", "agents"), strict=True)
+    assert [[], [], [], [], []] == [
+        answer[name]
+        for answer, name in zip(empty, ("tasks", "tree", "tasks", "agents", "workers"), strict=True)
     ]
     assert (404, 404) == missing
     with closing(sqlite3.connect(db)) as file:
@@ -409,6 +466,21 @@ def test_a_dead_task_is_retried_for_a_reason(db: Path) -> None:
         event["source"],
     )
     assert event["actor"].endswith("(dashboard)")
+
+
+def test_a_retry_may_let_everything_run_anew(db: Path) -> None:
+    """With `fresh` its tools have a workflow of their own; the page names the scope, the payload is shown."""
+    tell_of_tasks(db)
+    with visitor(db) as client:
+        odd = post(client, "retry", id="backup", reason="a new disk", fresh="yes")
+        again = post(client, "retry", id="backup", reason="a new disk", fresh=True)
+        page = client.get("/tasks/task?id=backup").text
+
+    assert (400, 200) == (odd.status_code, again.status_code)
+    assert 1 == again.json()["task"]["scope"]
+    assert "task:backup#1" in page
+    assert "so often its tools were let run anew" in page
+    assert "Payload</h2>" in page
 
 
 @pytest.mark.parametrize("dependents", [False, True])

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from ledger import Guard
-from ledger_tasks import Dep, Task, TaskLedger, TaskState
+from ledger_tasks import Dep, Task, TaskLedger, TaskState, WorkerInfo
 from ledger_tasks.book import Wanted
 from ledger_tasks.browse import TaskReader, reader_of
+from ledger_tasks.browse_compounds import compound, compounds
 from tests.stores.servers import fresh_namespace, postgres_url
-from tests.tasks.dash_kit import begun
+from tests.tasks.dash_kit import begun, submit_compound
 
 SECONDS = 60.0
 WANTED = (
@@ -138,3 +139,37 @@ def test_postgresql_has_the_same_answers(server: TaskReader, tmp_path: Path) -> 
     # SQLite folds the case of ASCII alone, so that it finds less
     file["pages"].pop(6), here["pages"].pop(6)
     assert file == here
+
+
+def compounds_and_workers(reader: TaskReader) -> dict[str, Any]:
+    """A compound and two workers beside the story, and what is told of them but for numbers and times."""
+    tasks = TaskLedger(reader.store, session="research")
+    submit_compound(tasks)
+    tasks.beat(WorkerInfo("w-1", "crew", "vm", 1, ("*",), 4, done=1))
+    tasks.beat(WorkerInfo("w-2", "gone", "vm", 2, ("mail",), 1, ended=True))
+    page = compounds(reader, None, 0, 10, SECONDS)
+    one = compound(reader, "research", "c-1", 3)
+    first = min(part["num"] for part in one.subtasks)
+    untold = {"num", "created_at", "planned_at", "started_at", "completed_at"}
+    return {
+        "list": [{key: told[key] for key in told.keys() - untold} for told in page.compounds],
+        "one": {key: one.told[key] for key in one.told.keys() - untold},
+        "subtasks": [{key: part[key] for key in part.keys() - untold} for part in one.subtasks],
+        "links": sorted((link.task - first, link.on - first, link.on_failure) for link in one.links),
+        "workers": [
+            (found.session, found.worker.agent, found.worker.alive, [seen.task.id for seen in found.doing])
+            for found in reader.workers(None, 10)
+        ],
+    }
+
+
+def test_compounds_and_workers_are_the_same_on_postgresql(server: TaskReader, tmp_path: Path) -> None:
+    """What is executed or failed comes first where not all subtasks are shown; each worker with its tasks."""
+    file, here = compounds_and_workers(of_file(tmp_path / "ledger.db")), compounds_and_workers(server)
+
+    assert file == here
+    assert [1, 2, 3] == [part["index"] for part in file["subtasks"]]
+    assert (1, "executing", 0.008, True) == tuple(
+        file["one"][key] for key in ("more", "status", "total_cost", "whole_cost")
+    )
+    assert [("research", "crew", True, ["c-1.2"]), ("research", "gone", False, [])] == file["workers"]

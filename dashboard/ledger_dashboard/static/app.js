@@ -550,7 +550,7 @@ const ACTS = {
   },
   task_retry: {
     title: "Retry this task?", confirm: "Retry", note: "Reason", noteWords: "(kept with the task)",
-    words: "It can be claimed again, and its retries begin anew. What was skipped because it failed stays skipped.",
+    words: "It can be claimed again, and its retries begin anew. What its tools did is replayed and not done again. What was skipped because it failed stays skipped.",
   },
   task_cancel: {
     title: "Cancel this task?", confirm: "Cancel the task", leave: "Leave it", note: "Reason",
@@ -577,6 +577,7 @@ function decisions() {
     byId("act-confirm").textContent = act.confirm;
     byId("act-result-field").hidden = asked.act !== "done";
     byId("act-dependents-field").hidden = asked.act !== "task_cancel";
+    byId("act-fresh-field").hidden = asked.act !== "task_retry";
     byId("act-note-name").textContent = act.note || "Note";
     byId("act-note-words").textContent = act.noteWords || "(optional: why, for the timeline)";
     byId("act-cancel").textContent = act.leave || "Cancel";
@@ -628,7 +629,7 @@ function keepFocus(place) {
 
 function decision({ act, id, session }) {
   const note = byId("act-note").value.trim();
-  if (act === "task_retry") return { id, session, reason: note };
+  if (act === "task_retry") return { id, session, reason: note, fresh: byId("act-fresh").checked };
   if (act === "task_cancel") return { id, session, reason: note, dependents: byId("act-dependents").checked };
   const said = note ? { note } : {};
   if (act === "retry") return said;

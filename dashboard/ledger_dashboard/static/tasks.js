@@ -60,6 +60,25 @@ const taskViews = {
     followTasks(() => refresh(), (event) => event.kind === "moved");
   },
 
+  task_workers() {
+    followTasks(() => refresh(), (event) => event.kind !== "checkpoint");
+  },
+
+  task_compounds() {
+    followTasks(() => refresh(), (event) => event.kind === "moved" || event.kind === "created");
+  },
+
+  task_compound() {
+    const { task, session } = byId("live-region").dataset;
+    const draw = graph();
+    const isPart = (event) => event.session === session && `${event.task}.`.startsWith(`${task}.`);
+    followTasks(async () => {
+      await refresh();
+      await draw();
+    }, isPart);
+    draw().catch(() => {});
+  },
+
   task_graph() {
     const draw = graph();
     followTasks(async () => {
@@ -113,6 +132,12 @@ function placed(tasks, links) {
   return at;
 }
 
+// The second line of a node: of a subtask of a compound also who does it, and what it cost.
+function below(task, state) {
+  const words = "model" in task ? [task.status, task.model, task.cost && `$${Number(task.cost.toFixed(4))}`] : [state, task.assignee];
+  return words.filter(Boolean).join(" · ");
+}
+
 function node(task, { x, y }, box) {
   const state = stateOf(task);
   const isFocus = box.focus === task.id;
@@ -121,8 +146,8 @@ function node(task, { x, y }, box) {
     svg("rect", { width: NODE.width, height: NODE.height, rx: 8 }),
     svg("rect", { class: "stripe", x: 5, y: 8, width: 4, height: NODE.height - 16, rx: 2 }),
     svg("text", { x: 17, y: 19 }, clipped(task.label, 24)),
-    svg("text", { x: 17, y: 36, class: "sub" }, clipped([state, task.assignee].filter(Boolean).join(" · "), 28)),
-    svg("title", {}, printable(`${task.label} (${task.id}): ${state}`)),
+    svg("text", { x: 17, y: 36, class: "sub" }, clipped(below(task, state), 28)),
+    svg("title", {}, printable(`${task.label} (${task.id}): ${"tier_assigned" in task ? `tier ${task.tier_assigned}, ${below(task)}` : state}`)),
   );
   return svg("a", { href: taskUrl(box.taskUrl, task), "data-num": task.num }, group);
 }
@@ -150,7 +175,11 @@ function graph() {
     const url = new URL(box.dataset.api, location.href);
     url.searchParams.set("session", box.dataset.session);
     if (box.dataset.focus) url.searchParams.set("id", box.dataset.focus);
-    const { tasks, links } = await api(url);
+    const { tasks, subtasks, links } = await api(url);
+    show(tasks || subtasks, links);
+  };
+
+  function show(tasks, links) {
     byId("graph-card").hidden = !tasks.length;
     const at = placed(tasks, links);
     const spots = [...at.values()];
@@ -167,7 +196,7 @@ function graph() {
     const focus = picture.querySelector(".focus");
     if (isFirst && focus) focus.scrollIntoView({ block: "nearest", inline: "center" });
     isFirst = false;
-  };
+  }
 }
 
 // -- the timeline of agents --
