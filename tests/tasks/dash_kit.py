@@ -89,7 +89,8 @@ _SAME = (
 def fill(db: Path, count: int) -> None:
     """Make it many, without their events: copies of a task in session `big`, by SQL."""
     tasks = TaskLedger(db, session="big")
-    tasks.add_task("seed", title="copied seed")
+    # so long that to search them all takes longer than a page waits
+    tasks.add_task("seed", title="copied seed", description="to be copied " * 60)
     tasks.close()
     with closing(sqlite3.connect(db)) as file, file:
         file.execute(
