@@ -38,13 +38,13 @@ LAPSED = {"lease": 0}
 class HastyDynamo(DynamoStore):
     """All processes look at the mark so often that a test need not wait long."""
 
-    gate_micros = 300_000
+    gate_micros = 700_000
 
 
 class HastyMongo(MongoStore):
     """Likewise."""
 
-    gate_micros = 300_000
+    gate_micros = 700_000
 
 
 def made(kind: str, folder: Path) -> SqliteStore | ServerStore:

@@ -618,8 +618,8 @@ def test_attempts_at_a_server_that_is_away_are_kept_as_sums(server: Server, name
     store.flush()
     server.stop()
     with tracing() as grown:
-        for _ in range(4):
-            for _ in range(2500):
+        for _ in range(2):
+            for _ in range(5000):
                 store.count("blocked", claim(), 1)
                 store.count("ran", claim("free"), 0)
             with pytest.raises(StoreError):

@@ -261,18 +261,18 @@ def test_a_deadlock_is_done_again(tasks: TaskLedger) -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_dependents_end_in_one_transaction(tasks: TaskLedger) -> None:
-    """A fan and a chain of ten thousand each are skipped at once, and every event has its number."""
-    tasks.add_tasks([Task("root"), *(Task(f"f{n}", depends_on=(Dep("root"),)) for n in range(5_000))])
-    tasks.add_tasks([Task(f"c{n}", depends_on=(Dep(f"c{n - 1}" if n else "root"),)) for n in range(5_000)])
+def test_two_thousand_dependents_end_in_one_transaction(tasks: TaskLedger) -> None:
+    """A fan and a chain of a thousand each are skipped at once, and every event has its number."""
+    tasks.add_tasks([Task("root"), *(Task(f"f{n}", depends_on=(Dep("root"),)) for n in range(1_000))])
+    tasks.add_tasks([Task(f"c{n}", depends_on=(Dep(f"c{n - 1}" if n else "root"),)) for n in range(1_000)])
     tasks.cancel("root")
 
-    assert {S.CANCELLED: 1, S.SKIPPED: 10_000} == tasks.counts()
+    assert {S.CANCELLED: 1, S.SKIPPED: 2_000} == tasks.counts()
     seqs = [event.seq for event in tasks.events()]
-    assert 20_002 == len(set(seqs))
+    assert 4_002 == len(set(seqs))
     assert sorted(seqs) == seqs
     ended = [seq for seq in seqs if seq >> 24 == seqs[-1] >> 24]
-    assert 10_001 == len(ended)
+    assert 2_001 == len(ended)
 
 
 def test_a_cascade_ends_each_as_its_own_dependency_says(tasks: TaskLedger) -> None:

@@ -655,7 +655,7 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
-    max_examples=80, stateful_step_count=30, deadline=None, derandomize=True, database=None
+    max_examples=50, stateful_step_count=30, deadline=None, derandomize=True, database=None
 )
 
 
