@@ -231,15 +231,15 @@ def test_the_counts_of_old_writers_are_added_up() -> None:
     clock = FakeClock()
     store = open_dynamo(clock)
     granted(store, lease=10**12)
-    for number in range(20):
-        if number == 10:
+    for number in range(60):
+        if number == 30:
             clock.advance(26 * 3600)
         store.count("blocked", claim(), 1)
         store.close()  # whoever opens it again is another writer
 
     [found] = store.found("call", ["c"]).values()
-    assert 10 == len([field for field in found if field.startswith("blocked_at")])
-    assert (10, 20) == (found["blocked_over"], blocked(store))
+    assert 30 == len([field for field in found if field.startswith("blocked_at")])
+    assert (30, 60) == (found["blocked_over"], blocked(store))
     store.close()
 
 
