@@ -2846,12 +2846,16 @@ class SqliteStore(Store):
 
         A savepoint for each would cost every group what only a failure needs.
         """
-        for item in batch:
+        for place, item in enumerate(batch):
             try:
                 item.answer = item.perform(db)
             except (sqlite3.Error, LedgerError, ValueError, OverflowError) as error:
                 _roll_back(db)  # not for what a signal handler raises here: that is the leader's own
-                self._fail([item], self._translated(error))
+                if place:  # it may have failed for what a neighbour wrote, which must be true first
+                    self._begin_writing(db, batch[:place])
+                    self._run(db, batch[:place])
+                else:
+                    self._fail([item], self._translated(error))
                 return
         try:
             db.execute("COMMIT")

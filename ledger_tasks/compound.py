@@ -83,7 +83,12 @@ class CompoundRunner:
         submitted = datetime.now(UTC)
         plan = plan_from(_planned(self._planner, prompt), self._tiers)
         compound = f"c-{os.urandom(6).hex()}" if id is None else id
-        self.ledger.add_tasks(tasks_from(plan, compound, prompt, self.name, self._tiers, submitted))
+        try:
+            self.ledger.add_tasks(tasks_from(plan, compound, prompt, self.name, self._tiers, submitted))
+        except DuplicateTask:  # somebody submitted it while it was planned here
+            if not (known := view.named(self.ledger, [compound])):
+                raise
+            return self._known(known[0], prompt)
         self._crew.bell.ring(self._crew.orders.parallel)
         return {"id": compound, "status": "planned", "subtask_count": len(plan.steps)}
 

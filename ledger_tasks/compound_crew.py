@@ -21,6 +21,7 @@ from ledger_tasks.bell import Bell
 from ledger_tasks.book import Wanted
 from ledger_tasks.compound_plan import COMPOUND, SUBTASK, assigned, index_in
 from ledger_tasks.compound_run import Held, Outcome, Run, Threads
+from ledger_tasks.errors import in_words
 from ledger_tasks.keeping import Keeper
 from ledger_tasks.model import Claim, Task
 from ledger_tasks.tasks import TaskLedger
@@ -185,7 +186,7 @@ class Crew:
             self._give_back(claim, str(error), _LATER)
         except Exception as error:  # noqa: BLE001 - the slot must go on, whatever is the matter with one task
             _log.exception("compound runner %s cannot do task %s", self.orders.name, claim.id)
-            self._refuse(claim, f"{type(error).__name__}: {error}")
+            self._refuse(claim, in_words(error))
         finally:
             held.give_up("it has ended")  # a thread that comes too late makes no guarded call any more
             self._keeper.forget(claim)
@@ -352,4 +353,4 @@ def _answered(future: Future[Outcome], held: Held) -> Outcome | None:
 
 
 def _failed(error: BaseException) -> Outcome:
-    return Outcome(error=f"{type(error).__name__}: {error}")
+    return Outcome(error=in_words(error))

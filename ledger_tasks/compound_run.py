@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, ParamSpec, TypeVar
 
 import ledger
-from ledger_tasks.errors import NotHolder
+from ledger_tasks.errors import NotHolder, in_words
 from ledger_tasks.model import to_json
 
 P = ParamSpec("P")
@@ -119,7 +119,7 @@ class Run:
         except SubtaskFailed as error:
             return Outcome(error=str(error), cost=_amount(error.cost), tokens=int(_amount(error.tokens) or 0))
         except (Exception, SystemExit) as error:  # noqa: BLE001 - recorded as the subtask's failure
-            return Outcome(error=f"{type(error).__name__}: {error}")
+            return Outcome(error=in_words(error))
         finally:
             _held.reset(before)
 

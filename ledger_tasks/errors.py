@@ -98,3 +98,11 @@ class PoolClosed(TaskError):
             f"the pool takes no work any more ({type(error).__name__}: {error}), so this runner begins nothing. "
             "Make a new runner with a new pool: it goes on with what is unfinished"
         )
+
+
+def in_words(error: BaseException) -> str:
+    """What is kept of an error of a user's code; its text comes from such code, too, and may raise."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - then its name must do
+        return type(error).__name__

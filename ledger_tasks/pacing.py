@@ -12,7 +12,7 @@ from typing import Final
 from ledger import UsageError
 
 _UNITS: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_RATE: Final = re.compile(r"\s*(\d+)\s*/\s*(\d*)\s*([smhd])\s*")
+_RATE: Final = re.compile(r"\s*(\d{1,9})\s*/\s*(\d{0,9})\s*([smhd])\s*")
 
 
 class Rate:

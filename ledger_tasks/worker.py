@@ -10,6 +10,7 @@ The guards that the handler's tools use must keep their calls where the next wor
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import logging
 import math
@@ -20,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any, Final, Self
@@ -29,9 +31,9 @@ from ledger import InDoubt, InProgress, LedgerError, UsageError
 from ledger_tasks import operations as ops
 from ledger_tasks.book import Row
 from ledger_tasks.context import AsyncTaskContext, TaskContext
-from ledger_tasks.errors import InvalidTransition, NotHolder
+from ledger_tasks.errors import InvalidTransition, NotHolder, in_words
 from ledger_tasks.keeping import Keeper
-from ledger_tasks.model import Claim, Task, WorkerInfo
+from ledger_tasks.model import LONGEST, Claim, Task, WorkerInfo, refuse_odd
 from ledger_tasks.pacing import Breaker, Pace
 from ledger_tasks.states import LEASED, TaskState
 from ledger_tasks.tasks import TaskLedger
@@ -85,11 +87,14 @@ class Worker:
         backoff: Callable[[int], float] | None = None,
     ) -> None:  # fmt: skip
         self.ledger = ledger
-        self.agent = agent or f"{ledger.agent}/{os.getpid()}"
+        self.agent = refuse_odd(agent or f"{ledger.agent}/{os.getpid()}", "the name of a worker")
         self.concurrency = _whole(concurrency)
-        self.poll, self.grace = poll, grace
+        self.poll, self.grace = _seconds("poll", poll), grace
         self._handlers = _checked(handlers)
-        self._options: dict[str, Any] = {"capabilities": capabilities, "lease": lease, "start": True}
+        self._options: dict[str, Any] = {
+            "capabilities": _several(capabilities), "start": True,
+            "lease": None if lease is None else _seconds("lease", lease),
+        }  # fmt: skip
         self._backoff = backoff
         self._pace = Pace(_refuse_unknown(rate, self._handlers), breaker)
         #: held by the thread that looks for the next task
@@ -195,8 +200,13 @@ class Worker:
     # -- finding work --
 
     def _work(self) -> None:
+        process = os.getpid()
         while (job := self._next()) is not None:
-            self._do(job)
+            self._keeper.watch(job.context.claim, functools.partial(self._lose, job))
+            outcome = self._outcome(job)
+            if os.getpid() != process:
+                return  # a child that the handler forked came back out of it: the task is its parent's
+            self._record(job, *outcome)
 
     def _next(self) -> _Job | None:
         """The next task; None when there is to be no more. One thread looks, the others wait for their turn."""
@@ -207,7 +217,7 @@ class Worker:
                 job, left = self._claim()
                 if job is not None:
                     return job
-                if self._until_idle and left == math.inf and self._is_idle():
+                if self._until_idle and self._is_idle():
                     self._ends.set()
                     break
                 self._wake.wait(min(pause, left))
@@ -227,7 +237,7 @@ class Worker:
         job = _Job(TaskContext(self.ledger, claim))
         with self._state:
             self._jobs[claim.token] = job
-            self._pace.begin(self._kind(claim.task), now)
+            self._pace.begin(self._kind(claim.task), time.monotonic())  # the claim may have taken long
         return job, left
 
     def _ask(self, kinds: Sequence[str]) -> Claim | None:
@@ -247,16 +257,18 @@ class Worker:
         return bool(self._look(lambda book: book.ready(can, types, 1) or book.lapsed(limit=1)))
 
     def _is_idle(self) -> bool:
-        """Whether nothing of its types is begun, here or elsewhere, and nothing can be begun, now or later."""
-        types = None if "*" in self._handlers else list(self._handlers)
-        found = self.ledger.tasks(state=[TaskState.PENDING, *LEASED])
-        return all(
-            task.waiting or not self._is_able(task) for task in found if types is None or task.type in types
-        )
+        """Whether nothing that it can do is begun, here or elsewhere, and nothing can be begun, now or later."""
+        try:
+            found = self.ledger.tasks(state=[TaskState.PENDING, *LEASED])
+        except LedgerError as error:
+            _log.warning("worker %s does not know whether there is work: %s", self.agent, error)
+            return False
+        return all(task.waiting for task in found if self._can_do(task))
 
-    def _is_able(self, task: Task) -> bool:
+    def _can_do(self, task: Task) -> bool:
         can = self._options["capabilities"]
-        return can is None or set(task.capabilities) <= set(can)
+        has_handler = "*" in self._handlers or task.type in self._handlers
+        return has_handler and (can is None or set(task.capabilities) <= set(can))
 
     def _look(self, look: Callable[[Any], list[Row]]) -> list[Row]:
         return self.ledger.store.read(self.ledger.session, look)
@@ -266,18 +278,17 @@ class Worker:
 
     # -- doing it --
 
-    def _do(self, job: _Job) -> None:
-        claim = job.context.claim
-        self._keeper.watch(claim, lambda: self._lose(job))
+    def _record(self, job: _Job, value: Any, error: BaseException | None) -> None:
         ok: bool | None = None
         try:
-            ok = self._settle(job, *self._outcome(job))
-        except LedgerError as error:
+            ok = self._settle(job, value, error)
+        except Exception as why:  # noqa: BLE001 - the thread is needed for the next task
+            told = in_words(why)
             _log.error(
-                "the end of task %s could not be recorded, its lease will lapse: %s", job.task.id, error
+                "the end of task %s could not be recorded, its lease will lapse: %s", job.task.id, told
             )
         finally:
-            self._keeper.forget(claim)
+            self._keeper.forget(job.context.claim)
             self._end(job, ok=ok)
 
     def _outcome(self, job: _Job) -> tuple[Any, BaseException | None]:
@@ -286,11 +297,14 @@ class Worker:
         handler = self._handlers[self._kind(task)]
         try:
             if _is_async(handler):
-                return self._home.run(job, handler), None
-            with ledger.replaying(task.workflow, check=job.context.check):
-                return handler(task, job.context), None
-        except BaseException as error:  # noqa: BLE001 - a handler's SystemExit ends its task, not the worker
-            return None, error
+                found, error = self._home.run(job, handler)
+            else:
+                with ledger.replaying(task.workflow, check=job.context.check):
+                    found, error = handler(task, job.context), None
+            _refuse_undone(found)
+            return found, error
+        except BaseException as raised:  # noqa: BLE001 - a handler's SystemExit ends its task, not the worker
+            return None, raised
 
     def _settle(self, job: _Job, value: Any, error: BaseException | None) -> bool | None:
         """Tell the ledger how it ended. True: well. False: badly. None: in a way that says nothing of its type."""
@@ -298,7 +312,7 @@ class Worker:
         if context.is_lost:
             _log.warning("task %s was lost while it ran; nothing that it says counts", claim.id)
             return None
-        if context.was_told or (context.is_stopping and isinstance(error, _CANCELLED)):
+        if context.was_told or (self._ends.is_set() and isinstance(error, _CANCELLED)):
             self._insist(claim, lambda: self.ledger.release(claim, "its worker had to end"))
             return None
         if error is None:
@@ -319,18 +333,24 @@ class Worker:
             self.ledger.complete(claim, value)
         except UsageError as error:  # it is done, whatever becomes of what it returned
             _log.warning("task %s: its result is not kept: %s", claim.id, error)
-            told = {"type": type(value).__name__, "repr": repr(value)[:1000], "why": str(error)}
+            told = {"type": type(value).__name__, "repr": _shown(value), "why": str(error)}
             self.ledger.add_artifact(claim, "result that cannot be kept", told)
             self.ledger.complete(claim)
 
     def _fail(self, claim: Claim, error: BaseException) -> bool | None:
         _log.warning("task %s failed: %r", claim.id, error, exc_info=error)
-        told = f"{type(error).__name__}: {error}"
-        pause = self._pause(claim.task)
+        told, pause = in_words(error), self._pause(claim.task)
         return False if self._insist(claim, lambda: self.ledger.fail(claim, told, retry_in=pause)) else None
 
     def _pause(self, task: Task) -> float:
-        return (self._backoff or ops.backoff)(task.retries)
+        if self._backoff is not None:
+            try:
+                return _pause_from(self._backoff(task.retries))
+            except Exception as error:  # noqa: BLE001 - the task has ended, whatever the pause
+                _log.error(
+                    "backoff(%s) gave no pause, the usual one is made: %s", task.retries, in_words(error)
+                )
+        return ops.backoff(task.retries)
 
     def _insist(self, claim: Claim, tell: Callable[[], object]) -> bool:
         """Tell the ledger, again and again while the lease may hold; whether it counted."""
@@ -402,19 +422,26 @@ class _Home:
         self._thread: threading.Thread | None = None
         self._door = threading.Lock()
 
-    def run(self, job: _Job, handler: Handler) -> Any:
-        """What the coroutine returns; waits for it in this thread, and cancels it when its task is lost."""
-        context = AsyncTaskContext(job.context)
+    def run(self, job: _Job, handler: Handler) -> tuple[Any, BaseException | None]:
+        """What the coroutine returned or raised; waits in this thread for its end, also when it was cancelled."""
+        loop = self._loop()
+        return asyncio.run_coroutine_threadsafe(self._whole(job, handler, loop), loop).result()
 
-        async def whole() -> Any:  # the block is entered in the coroutine's own task, whose calls it is for
-            with ledger.replaying(job.task.workflow, check=job.context.check):
-                return await handler(job.task, context)
-
-        future = asyncio.run_coroutine_threadsafe(whole(), self._loop())
-        job.cancel = future.cancel
+    async def _whole(
+        self, job: _Job, handler: Handler, loop: asyncio.AbstractEventLoop
+    ) -> tuple[Any, BaseException | None]:
+        me: asyncio.Task[Any] | None = asyncio.current_task()
+        if me is not None:
+            job.cancel = functools.partial(_later, loop, me.cancel)
         if job.context.is_lost or job.context.is_stopping:  # told in the moment before
-            future.cancel()
-        return future.result()
+            raise asyncio.CancelledError
+        try:  # the block is entered in the coroutine's own task, whose calls it is for
+            with ledger.replaying(job.task.workflow, check=job.context.check):
+                return await handler(job.task, AsyncTaskContext(job.context)), None
+        except (SystemExit, KeyboardInterrupt) as error:  # they would end the loop, and all that runs in it
+            if self.loop is not None and isinstance(error, KeyboardInterrupt):
+                raise  # a person's second Ctrl-C is for the program
+            return None, error
 
     def _loop(self) -> asyncio.AbstractEventLoop:
         if self.loop is not None:
@@ -422,18 +449,37 @@ class _Home:
         with self._door:
             if self._own is None:
                 self._own = asyncio.new_event_loop()
-                run = self._own.run_forever
-                self._thread = threading.Thread(target=run, name="ledger-worker-loop", daemon=True)
+                self._thread = threading.Thread(
+                    target=_run_loop, args=(self._own,), name="ledger-worker-loop", daemon=True
+                )
                 self._thread.start()
             return self._own
 
     def close(self) -> None:
-        if self._own is not None and self._thread is not None:
-            self._own.call_soon_threadsafe(self._own.stop)
-            self._thread.join(_AFTERWARDS)
-            if not self._thread.is_alive():  # a coroutine that blocks its loop keeps it
-                self._own.close()
-            self._own = None
+        if self._own is None or self._thread is None:
+            return
+        self._own.call_soon_threadsafe(self._own.stop)
+        self._thread.join(_AFTERWARDS)
+        if self._thread.is_alive():
+            _log.warning("a coroutine holds up its loop and goes on after its worker's end")
+        self._own = None
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """Until it is stopped; what handlers left running in it is cancelled then."""
+    loop.run_forever()
+    left = asyncio.all_tasks(loop)
+    for task in left:
+        task.cancel()
+    if left:
+        loop.run_until_complete(asyncio.wait(left, timeout=_AFTERWARDS / 2))
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+
+
+def _later(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
+    with suppress(RuntimeError):  # it is closed, so nothing runs in it
+        loop.call_soon_threadsafe(call)
 
 
 class _Signals:
@@ -468,8 +514,47 @@ def _whole(concurrency: int) -> int:
     return concurrency
 
 
+def _seconds(name: str, value: float) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= LONGEST:
+        raise UsageError(f"{name}={value!r} is not a number of seconds above 0, up to {LONGEST:g}")
+    return value
+
+
+def _pause_from(found: float) -> float:
+    if not 0 <= found <= LONGEST:
+        raise UsageError(f"{found!r} is not a number of seconds from 0 to {LONGEST:g}")
+    return found
+
+
+def _several(capabilities: Sequence[str] | None) -> Sequence[str] | None:
+    if isinstance(capabilities, str):
+        raise UsageError(f"capabilities={capabilities!r} is one text; give a list: [{capabilities!r}]")
+    return capabilities
+
+
+def _refuse_undone(found: object) -> None:
+    """What a handler returned that would only run if somebody waited for it: nothing was done then."""
+    if inspect.isawaitable(found) or inspect.isgenerator(found) or inspect.isasyncgen(found):
+        if inspect.iscoroutine(found):
+            found.close()
+        raise UsageError(
+            f"the handler returned an object of the type {type(found).__name__}, which nobody waits for, so nothing of it "
+            "ran; give the worker the async function itself, and let a handler return a value"
+        )
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)[:1000]
+    except Exception:  # noqa: BLE001 - nested too deep, or its own code raises
+        return f"<{type(value).__name__}>"
+
+
 def _is_async(handler: Handler) -> bool:
     """Also an object whose call is a coroutine, and a partial of one."""
+    while isinstance(handler, functools.partial):
+        handler = handler.func
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(type(handler).__call__)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from ledger import Guard, LedgerError
+from ledger_tasks import DuplicateTask, TaskLedger
 from tests.actors import PATIENCE, Stage, eventually
 
 WAIT = 0.3  # for callers to stand in line behind a lock; no result depends on it
@@ -228,6 +229,30 @@ def test_a_result_that_sqlite_cannot_bind_is_still_a_success(guard: Guard) -> No
     assert "blocked" == guard.call(charge, 1).kind
     assert [1] == ran
     assert {"success": 1} == statuses(guard)
+
+
+def test_a_refusal_for_what_a_neighbour_wrote_is_told_after_it_is_committed(db: Path) -> None:
+    """Of two that add the same task in one group, who hears that it is there already finds it there."""
+    tasks = TaskLedger(db, quiet=True)
+    tasks.add_task("first")
+    found = []
+
+    def add() -> None:
+        try:
+            tasks.add_task("same")
+        except DuplicateTask:
+            found.append(tasks.get("same").id)
+
+    adding = [threading.Thread(target=add) for _ in range(4)]
+    with write_lock(db):
+        for thread in adding:
+            thread.start()
+        time.sleep(WAIT)
+    for thread in adding:
+        thread.join(PATIENCE)
+
+    assert ["same"] * 3 == found
+    tasks.close()
 
 
 def test_each_of_many_threads_gets_its_own_answer(guard: Guard) -> None:

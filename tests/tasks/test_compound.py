@@ -7,6 +7,7 @@ import io
 import json
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +324,42 @@ def test_a_prompt_that_is_submitted_again_under_its_id_is_not_planned_again(task
 
     assert {"id": "mine", "status": "completed", "subtask_count": 1} == again
     assert ["p"] == asked
+
+
+def test_a_prompt_that_two_submit_at_once_under_one_id_is_added_once(tasks: TaskLedger) -> None:
+    """Both planned it; whoever comes second is told of what the first has added."""
+    together = threading.Barrier(2)
+
+    def planner(prompt: str) -> Any:
+        together.wait(PATIENCE)
+        return plan(step(0))(prompt)
+
+    with CompoundRunner(tasks, planner, answers) as runner, ThreadPoolExecutor(2) as both:
+        made = [both.submit(runner.submit, "p", id="mine") for _ in range(2)]
+        found = [future.result(PATIENCE) for future in made]
+        runner.wait("mine", PATIENCE)
+
+    assert [("mine", 1)] * 2 == [(one["id"], one["subtask_count"]) for one in found]
+    assert 2 == sum(tasks.counts().values())
+
+
+class Mute(Exception):
+    """Its text cannot be had, nor that of the error about it."""
+
+    def __str__(self) -> str:
+        raise type(self)
+
+
+def test_an_error_without_a_text_is_a_failure(tasks: TaskLedger) -> None:
+    """Its name is kept, and the slot goes on with the next subtask."""
+
+    def execute(_: dict[str, Any]) -> str:
+        raise Mute
+
+    with CompoundRunner(tasks, plan(step(0), step(1)), execute, parallel=1) as runner:
+        found = runner.wait(runner.submit("p")["id"], PATIENCE)
+
+    assert ["Mute", "Mute"] == of_index(found, "result")
 
 
 # ── tiers and costs ───────────────────────────────────────────────────────────────────────────────
