@@ -49,6 +49,9 @@ class CommandExecutor:
             raise UsageError(f"the command is {command!r}; give a list of words: ['claude', '-p']")
         if not is_time_limit(timeout):
             raise UsageError(f"timeout={timeout!r} is not a number of seconds above 0")
+        odd = [name for pair in (env or {}).items() for name in pair if not isinstance(name, str)]
+        if odd:
+            raise UsageError(f"env has {odd[0]!r} in it; names and values must be strings")
         self.command, self.timeout = words, timeout
         self.env, self.cwd = dict(env or {}), cwd
         #: of its output; one that writes more is ended

@@ -89,7 +89,8 @@ class Worker:
         self.ledger = ledger
         self.agent = refuse_odd(agent or f"{ledger.agent}/{os.getpid()}", "the name of a worker")
         self.concurrency = _whole(concurrency)
-        self.poll, self.grace = _seconds("poll", poll), grace
+        self.poll = _seconds("poll", poll)
+        self.grace = 0.0 if grace == 0 else _seconds("grace", grace)
         self._handlers = _checked(handlers)
         self._options: dict[str, Any] = {
             "capabilities": _several(capabilities), "start": True,

@@ -145,6 +145,12 @@ def test_what_is_no_list_of_words_is_refused(command: Any) -> None:
         CommandExecutor(command)
 
 
+def test_an_environment_is_of_strings() -> None:
+    """A number is told at once, and not by the first subtask."""
+    with pytest.raises(UsageError, match="env has 1 in it"):
+        CommandExecutor(["claude"], env={"A": 1})  # type: ignore[dict-item]
+
+
 def test_an_exit_status_is_a_failure_with_the_end_of_stderr() -> None:
     """However much it wrote there."""
     script = "import sys; sys.stderr.write('x' * 10**6 + 'no credit'); sys.exit(3)"

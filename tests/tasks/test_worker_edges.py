@@ -399,6 +399,8 @@ def test_a_forked_child_takes_no_tasks(tmp_path: Path) -> None:
     [
         *(({"lease": odd}, "lease=") for odd in (0, -1, True, "x", float("nan"), float("inf"))),
         ({"poll": 0}, "poll=0"),
+        ({"grace": -1}, "grace=-1"),
+        ({"grace": "x"}, "grace='x'"),
         ({"capabilities": "gpu"}, "is one text"),
         ({"agent": "a\nb"}, "the name of a worker"),
         ({"rate": {"a": "9" * 5000 + "/s"}}, "the rate"),
