@@ -57,8 +57,9 @@ def follow(runner: CompoundRunner, compound: str) -> dict[str, Any]:
         found = runner.progress(compound)
         marks = {"completed": "#", "failed": "!", "executing": ">", "queued": "=", "routing": "?"}
         line = "".join(marks.get(subtask["status"], ".") for subtask in found["subtasks"])
+        line = f"  [{line}] {found['completed_count']} of {found['subtask_count']}, {found['status']}"
         if line != shown:
-            print(f"  [{line}] {found['completed_count']} of {found['subtask_count']}, {found['status']}")
+            print(line)
             shown = line
         if found["completed_at"]:
             return found
