@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import FrameType, TracebackType
 from typing import IO, Any, Self
 
@@ -22,6 +23,8 @@ from ledger import NotPerformed
 KEPT_BYTES = 4 << 20
 _ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _PASSED_ON = (*_ENDINGS, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
+#: wakes our main thread, or ends the one that listens; who is not asked for it ignores it
+_NUDGE = signal.SIGURG
 _SI_KERNEL = 128
 _PR_SET_PDEATHSIG = 1
 _LOOK_SECONDS = 0.25
@@ -89,51 +92,67 @@ class Relay:
     """Signals: before the command is started they stop us, from then on they are the command's.
 
     What a terminal sends at Ctrl-C reaches the command anyway, because it is in our process group; the
-    kernel's own signals are therefore not passed on, or it would get them twice.
+    kernel's own signals are therefore not passed on, or it would get them twice.  Only who waits for a
+    signal is told where it came from, so one thread does nothing else, and all the others block them: also
+    the guard's, which are begun after this is entered and inherit that.
     """
 
     def __init__(self) -> None:
-        #: whether somebody asked for an end since the command was started
-        self.hurried = False
-        self._entered = False
-        self._waiting: list[int] = []
-        self._before: dict[signal.Signals, Any] = {}
+        self._entered = self._hurried = False
+        self._heard: SimpleQueue[signal.struct_siginfo] = SimpleQueue()
+        self._listener = threading.Thread(target=self._listen, name="ledger-signals", daemon=True)
+        self._ours: set[signal.Signals] = set()
+        self._mask: set[Any] = set()
+        self._before: Any = None
 
     def __enter__(self) -> Self:
-        for number in _PASSED_ON:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's wish holds for both of us
-                self._before[number] = signal.signal(number, self._heard)
+        # what is ignored stays so: nohup's wish holds for both of us
+        self._ours = {number for number in _PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN}
+        self._before = signal.signal(_NUDGE, self._nudged)
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD, *self._ours})
+        self._listener.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        signal.pthread_kill(self._listener.ident or 0, _NUDGE)
+        self._listener.join()
+        signal.signal(_NUDGE, self._before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
-    def _heard(self, number: int, _frame: FrameType | None) -> None:
-        if not self._entered:
-            raise Stopped(number)
-        self._waiting.append(number)
-        self.hurried = self.hurried or number in _ENDINGS
+    def _listen(self) -> None:
+        """In a thread of its own: hand on what comes; before the start wake the main thread for it."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {_NUDGE})
+        while (found := signal.sigwaitinfo({signal.SIGCHLD, _NUDGE, *self._ours})).si_signo != _NUDGE:
+            self._heard.put(found)
+            if not self._entered and found.si_signo != signal.SIGCHLD:
+                signal.pthread_kill(threading.main_thread().ident or 0, _NUDGE)
+
+    def _nudged(self, _number: int, _frame: FrameType | None) -> None:
+        """In the main thread, whatever it waits for."""
+        while not (self._entered or self._heard.empty()):
+            if (found := self._heard.get()).si_signo != signal.SIGCHLD:
+                raise Stopped(found.si_signo)
+
+    @property
+    def hurried(self) -> bool:
+        """Whether somebody asked us for an end since the command was started."""
+        while not self._heard.empty():
+            self._hurried |= self._heard.get().si_signo in _ENDINGS
+        return self._hurried
 
     def run(self, start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
-        """Start the child and wait for its end; signals are blocked meanwhile, to be asked who sent them."""
+        """Start the child, pass on to it what it would not hear, wait for its end."""
         self._entered = True
-        watched = {signal.SIGCHLD, *self._before}
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, watched)
-        try:
-            child = start()
-            while child.poll() is None:
-                found = signal.sigtimedwait(watched, _LOOK_SECONDS)
-                if found is not None and _was_for_us_alone(found):
+        child = start()
+        while child.poll() is None:
+            with contextlib.suppress(Empty):
+                found = self._heard.get(timeout=_LOOK_SECONDS)
+                if _was_for_us_alone(found):
                     child.send_signal(found.si_signo)
-                    self.hurried = self.hurried or found.si_signo in _ENDINGS
-                while self._waiting:  # another thread took it, without the word where it came from
-                    child.send_signal(self._waiting.pop())
-            return child
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+                    self._hurried |= found.si_signo in _ENDINGS
+        return child
 
 
 def _was_for_us_alone(found: signal.struct_siginfo) -> bool:

@@ -175,11 +175,12 @@ class Terminal:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         stdout: IO[bytes] | None = None,
+        program: str | Path = COMMAND,
     ) -> None:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         self.process = subprocess.Popen(
-            [COMMAND, *map(str, words)],
+            [program, *map(str, words)],
             stdin=slave,
             stdout=slave if stdout is None else stdout,
             stderr=slave,

@@ -258,6 +258,38 @@ def test_ctrl_c_on_a_terminal_reaches_the_command_once(db: Path) -> None:
     assert "SIGINT SIGINT" not in done.out
 
 
+SLOW_START = """
+import signal, subprocess, sys, threading, time
+from ledger_cli.child import Relay
+
+def unblock():
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+with Relay() as relay:
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()  # one like the guard's keeper
+
+    def start():
+        child = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, text=True, preexec_fn=unblock)
+        child.stdout.readline()
+        print("ready", flush=True)
+        sys.stdin.readline()  # Ctrl-C comes before the end of this line
+        return child
+
+    print("heard", relay.run(start).stdout.read(), flush=True)
+"""
+
+
+def test_ctrl_c_while_the_command_starts_reaches_it_once() -> None:
+    """No thread of ours takes it from the one that is told where it came from."""
+    with Terminal("-c", SLOW_START, *LISTEN, program=sys.executable) as terminal:
+        terminal.sees("ready")
+        terminal.press("\x03")
+        terminal.press("\n")
+        done = terminal.ends()
+
+    assert "heard SIGINT\n" in done.out
+
+
 def test_a_signal_from_elsewhere_is_passed_on_on_a_terminal_too(db: Path) -> None:
     """`kill -INT` of ours alone reaches the command, also where Ctrl-C would by itself."""
     with Terminal("run", "--db", db, "--key", "k", "--", *LISTEN) as terminal:
@@ -518,10 +550,10 @@ def test_a_signal_while_it_waits_ends_the_waiting(db: Path, tmp_path: Path) -> N
 
 
 def _listens(command: Background) -> bool:
-    """Whether it has taken over SIGTERM, which is the last thing before it asks for its run."""
+    """Whether it hears SIGTERM itself, which is the last thing before it asks for its run."""
     status = Path(f"/proc/{command.process.pid}/status").read_text().splitlines()
-    [caught] = [line.split()[1] for line in status if line.startswith("SigCgt:")]
-    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+    [blocked] = [line.split()[1] for line in status if line.startswith("SigBlk:")]
+    return bool(int(blocked, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def test_of_many_at_once_one_runs(db: Path, tmp_path: Path) -> None:
