@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import resource
 import sqlite3
 import sys
@@ -33,8 +34,10 @@ from tests.stores.servers import fresh_namespace, postgres_url  # noqa: E402
 TABLE = Table()
 PROCESSES = 8
 FEW, MANY = (1_000, 20_000) if SHORT else (1_000, 100_000)
-#: by each process; all of them together leave some of the few free ones
-CLAIMS = 60 if SHORT else 80
+#: how often few and many tasks are claimed by turns, and by each process each time; of few some stay free
+ROUNDS, CLAIMS = (2, 30) if SHORT else (3, 25)
+#: by one process alone, where there are many
+CLAIMS_ALONE = 200
 CHAIN = 2_000 if SHORT else 10_000
 STORY = 50_000 if SHORT else 1_000_000
 SPAWN = multiprocessing.get_context("spawn")
@@ -60,13 +63,13 @@ def fill(tasks: TaskLedger, count: int) -> None:
 # ═══ Claims by processes ══════════════════════════════════════════════════════════════
 
 
-def claim_ours(url: str, go: Any, told: Any) -> None:
+def claim_ours(url: str, claims: int, go: Any, told: Any) -> None:
     """What one process does: open, wait for the others, claim."""
     tasks = open_tasks(url)
     tasks.counts()
     told.put(None)
     go.wait()
-    told.put(timed(lambda: claimed(tasks)))
+    told.put(timed(lambda: claimed(tasks), claims))
 
 
 def claimed(tasks: TaskLedger) -> str:
@@ -75,12 +78,12 @@ def claimed(tasks: TaskLedger) -> str:
     return claim.id if claim else ""
 
 
-def claim_bare(url: str, go: Any, told: Any) -> None:
+def claim_bare(url: str, claims: int, go: Any, told: Any) -> None:
     """The same with one statement in one transaction."""
     claim = bare_postgres(url) if url.startswith("postgresql:") else bare_sqlite(url)
     told.put(None)
     go.wait()
-    told.put(timed(claim))
+    told.put(timed(claim, claims))
 
 
 def bare_sqlite(path: str) -> Callable[[], str]:
@@ -118,20 +121,22 @@ TAKE = (
 )
 
 
-def timed(claim: Callable[[], str]) -> tuple[list[float], list[str]]:
+def timed(claim: Callable[[], str], claims: int) -> tuple[list[float], list[str]]:
     """Microseconds of each claim, and what was claimed."""
     spent, names = [], []
-    for _ in range(CLAIMS):
+    for _ in range(claims):
         begun = time.perf_counter()
         names.append(claim())
         spent.append((time.perf_counter() - begun) * 1e6)
     return spent, names
 
 
-def by_processes(work: Callable[..., None], url: str) -> tuple[float, list[str]]:
-    """The median time of a claim when several processes claim at once, and all that was claimed."""
+def by_processes(
+    work: Callable[..., None], url: str, processes: int = PROCESSES, claims: int = CLAIMS
+) -> tuple[list[float], list[str]]:
+    """The time of each claim when several processes claim at once, and all that was claimed."""
     go, told = SPAWN.Event(), SPAWN.Queue()
-    crew = [SPAWN.Process(target=work, args=(url, go, told)) for _ in range(PROCESSES)]
+    crew = [SPAWN.Process(target=work, args=(url, claims, go, told)) for _ in range(processes)]
     for process in crew:
         process.start()
     for _ in crew:
@@ -140,7 +145,7 @@ def by_processes(work: Callable[..., None], url: str) -> tuple[float, list[str]]
     found = [told.get(timeout=600) for _ in crew]
     for process in crew:
         process.join()
-    return median(t for spent, _ in found for t in spent), [name for _, names in found for name in names]
+    return [t for spent, _ in found for t in spent], [name for _, names in found for name in names]
 
 
 def rows_of(count: int) -> Iterable[tuple[str, int]]:
@@ -186,24 +191,41 @@ def postgres_table(url: str, count: int) -> str:
 
 
 def bench_claims(what: str, ours: Callable[[int], str], bare: Callable[[int], str]) -> None:
-    """A claim by eight processes on few and on many tasks, beside the bare statement on as many."""
-    medians: dict[int, float] = {}
+    """Claims of few and of many tasks, by turns, by one and by eight processes, beside the bare statement."""
+    urls: dict[int, tuple[str, str]] = {}
     for count in (FEW, MANY):
-        url = ours(count)
-        tasks = open_tasks(url)
+        urls[count] = ours(count), bare(count)
+        tasks = open_tasks(urls[count][0])
         fill(tasks, count)
         tasks.close()
-        spent, names = by_processes(claim_ours, url)
-        floor, _ = by_processes(claim_bare, bare(count))
-        medians[count] = spent
-        TABLE.report(
-            f"{what}: claim_next, 8 processes, {count:,} tasks", spent, "µs", floor=floor, ratio=spent / floor
+    os.sync()  # what was filled is written now, and not while claims are timed
+    spent: dict[int, list[float]] = {FEW: [], MANY: []}
+    floor: dict[int, list[float]] = {FEW: [], MANY: []}
+    names: dict[int, list[str]] = {FEW: [], MANY: []}
+    for _ in range(ROUNDS):
+        for count in (FEW, MANY):
+            times, claimed_now = by_processes(claim_ours, urls[count][0])
+            spent[count] += times
+            names[count] += claimed_now
+            floor[count] += by_processes(claim_bare, urls[count][1])[0]
+    for count in (FEW, MANY):
+        report_claims(
+            f"{what}: claim_next, {PROCESSES} processes, {count:,} tasks", spent[count], floor[count]
         )
-        TABLE.report("… above the bare statement", spent - floor, "µs", most=1000, of_ratio=False)
-        found = len(names), len({*names} - {""})
-        TABLE.expect("… tasks claimed, each once", found, (PROCESSES * CLAIMS,) * 2)
-    few, many = medians[FEW], medians[MANY]
+        found = len(names[count]), len({*names[count]} - {""})
+        TABLE.expect("… tasks claimed, each once", found, (PROCESSES * CLAIMS * ROUNDS,) * 2)
+    few, many = median(spent[FEW]), median(spent[MANY])
     TABLE.report(f"… {MANY:,} tasks to {FEW:,}", many, "µs", floor=few, ratio=many / few, most=1.2)
+    sides = zip((claim_ours, claim_bare), urls[MANY], strict=True)
+    alone = [by_processes(work, url, 1, CLAIMS_ALONE)[0] for work, url in sides]
+    report_claims(f"{what}: claim_next, one process, {MANY:,} tasks", *alone)
+
+
+def report_claims(what: str, spent: list[float], floor: list[float]) -> None:
+    """The median, its ratio to the bare statement's, and how much it is above that."""
+    ours, bare = median(spent), median(floor)
+    TABLE.report(what, ours, "µs", floor=bare, ratio=ours / bare)
+    TABLE.report("… above the bare statement", ours - bare, "µs", most=1000, of_ratio=False)
 
 
 # ═══ Shapes of a graph ════════════════════════════════════════════════════════════════

@@ -43,6 +43,7 @@ from ledger_tasks.tasks import (
 )
 
 if TYPE_CHECKING:
+    from ledger_tasks.cached import CachedTaskStore
     from ledger_tasks.command import CommandExecutor
     from ledger_tasks.compound import CompoundRunner
     from ledger_tasks.compound_plan import Tier
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from ledger_tasks.worker import Worker
 
 __all__ = [
-    "NEXT", "AsyncTaskContext", "AsyncTaskLedger", "Awareness", "BadPlan", "Breaker", "Claim",
+    "NEXT", "AsyncTaskContext", "AsyncTaskLedger", "Awareness", "BadPlan", "Breaker", "CachedTaskStore", "Claim",
     "CommandExecutor", "CompoundRunner", "Conflict", "Delivery", "Dep", "DependencyCycle", "DuplicateTask",
     "Figures", "InvalidTransition", "Item", "Metrics", "NoSuchTask", "NotHolder", "PoolClosed", "Section",
     "Spread", "StatusEvent", "SubtaskFailed", "Tampered", "Task", "TaskContext", "TaskError", "TaskEvent",
@@ -62,8 +63,8 @@ __all__ = [
 
 #: what few programs need, and what takes long to load
 _LATER = {
-    "AsyncTaskContext": "context", "Breaker": "pacing", "CommandExecutor": "command", "CompoundRunner": "compound",
-    "SubtaskFailed": "compound_run", "TaskContext": "context", "Tier": "compound_plan", "Worker": "worker",
+    "AsyncTaskContext": "context", "Breaker": "pacing", "CachedTaskStore": "cached", "CommandExecutor": "command",
+    "CompoundRunner": "compound", "SubtaskFailed": "compound_run", "TaskContext": "context", "Tier": "compound_plan", "Worker": "worker",
     "given_up": "compound_run",
 }  # fmt: skip
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from ledger import SqliteStore, UsageError
-from ledger_tasks import Dep, Task, TaskLedger, TaskState
-from ledger_tasks.cached import CachedTaskStore
+from ledger_tasks import CachedTaskStore, Dep, Task, TaskLedger, TaskState
 from ledger_tasks.sqlite import SqliteTaskStore
 from tests.stores.redis_kit import RedisServer
 
