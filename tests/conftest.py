@@ -1,14 +1,58 @@
-"""What `make test` says at its end: which servers the tests talked to."""
+"""For all tests: which are measured, and which servers they talked to, as `make test` says at its end."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from coverage import Coverage
 
 from tests.stores.servers import USED
 
 _seen: set[str] = set()
+#: tests of what stands around the guard; to measure `ledger.py` there too would take long and add little
+_AROUND = (
+    "tests/stores/test_conformance.py::TestDynamo",
+    "tests/stores/test_conformance.py::TestMongo",
+    "tests/stores/test_dynamodb",
+    "tests/stores/test_mongodb",
+    "tests/stores/test_move",
+    "tests/stores/test_server",
+    "tests/tasks/",
+    "tests/test_cli",
+    "tests/test_dashboard",
+    "tests/test_examples",
+    "tests/test_move",
+    "tests/test_ops",
+)
+#: how a measured process has its children measured
+_TOLD = "COVERAGE_PROCESS_CONFIG"
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Measure the tests of the guard."""
+    if not item.nodeid.startswith(_AROUND):
+        return (yield)
+    with _unmeasured():
+        return (yield)
+
+
+@contextmanager
+def _unmeasured() -> Iterator[None]:
+    measuring, told = Coverage.current(), os.environ.pop(_TOLD, None)
+    if measuring is not None:
+        measuring.stop()
+    try:
+        yield
+    finally:
+        if measuring is not None:
+            measuring.start()
+        if told is not None:
+            os.environ[_TOLD] = told
 
 
 @pytest.hookimpl(optionalhook=True)
