@@ -1,19 +1,17 @@
-"""For all tests: which are measured, and which servers they talked to, as `make test` says at its end."""
+"""For all tests: whose processes are measured, and which servers they talked to, as `make test` says."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from typing import Any
 
 import pytest
-from coverage import Coverage
 
 from tests.stores.servers import USED
 
 _seen: set[str] = set()
-#: tests of what stands around the guard; to measure `ledger.py` there too would take long and add little
+#: tests of what stands around the guard; to measure their processes too would take long and add little
 _AROUND = (
     "tests/stores/test_conformance.py::TestDynamo",
     "tests/stores/test_conformance.py::TestMongo",
@@ -34,23 +32,11 @@ _TOLD = "COVERAGE_PROCESS_CONFIG"
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Measure the tests of the guard."""
-    if not item.nodeid.startswith(_AROUND):
-        return (yield)
-    with _unmeasured():
-        return (yield)
-
-
-@contextmanager
-def _unmeasured() -> Iterator[None]:
-    measuring, told = Coverage.current(), os.environ.pop(_TOLD, None)
-    if measuring is not None:
-        measuring.stop()
+    """Measure the processes that a test of the guard starts, and no others."""
+    told = os.environ.pop(_TOLD, None) if item.nodeid.startswith(_AROUND) else None
     try:
-        yield
+        return (yield)
     finally:
-        if measuring is not None:
-            measuring.start()
         if told is not None:
             os.environ[_TOLD] = told
 
