@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ledger_cli.screen import Cell, Column, Grid
 from ledger_cli.tasks_grids import moment
-from ledger_ops.values import printable
+from ledger_ops.values import dollars, printable
 from ledger_tasks.model import moment as time_of
 
 #: words of compounds that nothing more happens to
@@ -30,11 +30,6 @@ Found = Mapping[str, Any]
 def is_over(found: Found) -> bool:
     """Whether nothing more happens to it."""
     return found["status"] in ENDED
-
-
-def dollars(cost: float) -> str:
-    """An amount for people: cents where there are any, else as many decimals as it needs."""
-    return f"${cost:,.2f}" if cost >= 1 else f"${cost:.4f}".rstrip("0").ljust(5, "0") if cost else ""
 
 
 def word(status: str) -> Cell:
@@ -65,12 +60,13 @@ _COLUMNS = (
 
 def _cells(one: Found, *, full: bool) -> dict[str, Cell]:
     times = {"created": "created_at", "planned": "planned_at", "ended": "completed_at"}
+    cost = one["total_cost"]
     return {
         "compound": Cell(printable(one["id"]), "bold"),
         "status": Cell(one["status"]) if full else word(one["status"]),
         "done": Cell(f"{one['completed_count']:,}"),
         "subtasks": Cell(f"{one['subtask_count']:,}", "dim"),
-        "cost": Cell(f"{one['total_cost']:g}" if full else dollars(one["total_cost"])),
+        "cost": Cell(f"{cost:g}" if full else dollars(cost) if cost else ""),
         "prompt": Cell(printable(one["prompt"])),
         **{name: Cell(moment(time_of(one[key])), "dim") for name, key in times.items()},
     }

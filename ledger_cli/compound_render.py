@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 
 from rich.text import Text
 
-from ledger_cli.compound_grids import LOOKS, Branch, Found, branches, dollars, word
+from ledger_cli.compound_grids import LOOKS, Branch, Found, branches, word
 from ledger_cli.tasks_render import bar
-from ledger_ops.values import printable, span
+from ledger_ops.values import dollars, printable, span
 from ledger_tasks.model import moment
 
 _BAR, _SHORT = 30, 100

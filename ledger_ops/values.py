@@ -335,6 +335,11 @@ def span(micros: float) -> str:
     return f"{seconds / 86_400:.0f} d"
 
 
+def dollars(cost: float) -> str:
+    """An amount in US dollars for people: cents, and what is less than one dollar in full."""
+    return f"${cost:,.2f}" if cost >= 1 or not cost else f"${cost:.4f}".rstrip("0").ljust(5, "0")
+
+
 # -- text that others wrote --
 
 _ESCAPED = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\x1b": "\\x1b"}

@@ -1,14 +1,19 @@
-"""For all tests: whose processes are measured, and which servers they talked to, as `make test` says."""
+"""For all tests: whose processes are measured, their browser, and which servers they talked to."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.stores.servers import USED
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+    from tests.browser_kit import Visits
 
 _seen: set[str] = set()
 #: tests of what stands around the guard; to measure their processes too would take long and add little
@@ -39,6 +44,27 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     finally:
         if told is not None:
             os.environ[_TOLD] = told
+
+
+# the browser's package takes long to load, and few tests need it
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """One browser for all tests of a module."""
+    from tests.browser_kit import open_browser
+
+    with open_browser() as opened:
+        yield opened
+
+
+@pytest.fixture
+def visits() -> Iterator[Visits]:
+    """Pages that a test opens."""
+    from tests.browser_kit import visiting
+
+    with visiting() as opened:
+        yield opened
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -25,9 +25,7 @@ from tests.browser_kit import (
     TOO_WIDE,
     Visit,
     Visits,
-    open_browser,
     visit,
-    visiting,
 )
 from tests.dashboard_kit import CHARGER, Server, keep_running, leave_doubt, serving, tell_story
 
@@ -57,20 +55,6 @@ with guard.workflow(PAYLOAD), guard.as_caller(PAYLOAD):
         pass
     guard(hang, PAYLOAD)
 """
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """One browser for all tests of this module."""
-    with open_browser() as opened:
-        yield opened
-
-
-@pytest.fixture
-def visits() -> Iterator[Visits]:
-    """Pages that a test opens."""
-    with visiting() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

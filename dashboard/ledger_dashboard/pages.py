@@ -59,7 +59,7 @@ async def get_calls(request: Request) -> Response:
         return {
             "found": found,
             "reached": clock(found.reached) if found.reached is not None else None,
-            "next": query_with(request, cursor=found.cursor) if found.cursor else None,
+            "next": next_query(request, found.cursor),
             "is_empty": not opened.reader.last_seq(),
             **_choices(opened, found.records),
         }
@@ -191,6 +191,11 @@ def query_with(request: Request, **params: str) -> str:
     dropped = {"rows", *params}
     kept = {name: value for name, value in request.query_params.items() if value and name not in dropped}
     return urlencode({**kept, **params})
+
+
+def next_query(request: Request, cursor: int | str | None) -> str | None:
+    """This query with the next page's cursor; None where there is no further page."""
+    return query_with(request, cursor=str(cursor)) if cursor else None
 
 
 def _offers(record: Record, *, runs: int) -> frozenset[str]:

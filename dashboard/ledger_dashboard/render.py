@@ -14,7 +14,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 import ledger
 from ledger import LedgerError
-from ledger_ops.values import clock, iso, printable, span, state_of
+from ledger_ops.values import clock, dollars, iso, printable, span, state_of
 from ledger_tasks import Task, TaskState
 from ledger_tasks.browse import last_error
 from ledger_tasks.model import micros_of
@@ -105,11 +105,6 @@ def isotime(text: str | None) -> Markup | str:
         return when(task_moment(text))
     except (ValueError, OverflowError, LedgerError):
         return str(text)
-
-
-def dollars(cost: float) -> str:
-    """An amount in US dollars: cents, and what is less than one in full."""
-    return f"${cost:,.2f}" if cost >= 1 or not cost else f"${cost:.4f}".rstrip("0").ljust(5, "0")
 
 
 def lasted(seconds: float | None) -> str:

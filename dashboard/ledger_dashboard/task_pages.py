@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from ledger_dashboard.api import SEARCH_SECONDS, opened_for, steady
 from ledger_dashboard.live import TaskLog
-from ledger_dashboard.pages import answer_page, query_with
+from ledger_dashboard.pages import answer_page, next_query, query_with
 from ledger_dashboard.query import count_of, text_of
 from ledger_dashboard.render import moment, short_names
 from ledger_dashboard.source import Opened
@@ -56,7 +56,7 @@ async def get_tasks(request: Request) -> Response:
         return {
             "found": found,
             "counts": opened.task_counts(reader, wanted.session),
-            "next": query_with(request, cursor=str(found.cursor)) if found.cursor else None,
+            "next": next_query(request, found.cursor),
             "reached": None if found.complete else moment(micros_of(found.reached) or None),
             "types": types,
             "agents": agents,
@@ -76,8 +76,7 @@ async def get_tree(request: Request) -> Response:
 
     def gather(_: Opened, reader: TaskReader) -> dict[str, Any]:
         found = forest_of(request, reader)
-        more = query_with(request, cursor=found.cursor) if found.cursor else None
-        return {"found": found, "session": found.session, "next": more}
+        return {"found": found, "session": found.session, "next": next_query(request, found.cursor)}
 
     return await _show(
         request, "task_tree", gather, root=text_of(request, "id"), is_further="cursor" in request.query_params
@@ -134,7 +133,7 @@ async def get_compounds(request: Request) -> Response:
         page = found.page
         return {
             "found": found,
-            "next": query_with(request, cursor=str(page.cursor)) if page.cursor else None,
+            "next": next_query(request, page.cursor),
             "reached": None if page.complete else moment(micros_of(page.reached) or None),
         }
 
@@ -168,7 +167,7 @@ async def get_dead(request: Request) -> Response:
         return {
             "found": found,
             "offers": {seen.num: _offers(seen.task) for seen in found.tasks},
-            "next": query_with(request, cursor=str(found.cursor)) if found.cursor else None,
+            "next": next_query(request, found.cursor),
         }
 
     return await _show(request, "task_dead", gather, is_further=bool(after))

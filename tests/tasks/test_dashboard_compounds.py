@@ -15,38 +15,13 @@ from starlette.testclient import TestClient
 
 from ledger_tasks import CompoundRunner, Task, TaskLedger, TaskState
 from ledger_tasks import compound_view as view
-from tests.browser_kit import (
-    CONTRAST,
-    PATIENCE_MS,
-    PAYLOAD,
-    SCREENSHOTS,
-    SIZES,
-    TOO_WIDE,
-    Visits,
-    open_browser,
-    visit,
-    visiting,
-)
+from tests.browser_kit import CONTRAST, PATIENCE_MS, PAYLOAD, SCREENSHOTS, SIZES, TOO_WIDE, Visits, visit
 from tests.dashboard_kit import csrf_of, serving
 from tests.tasks.compound_kit import answers, plan, step
 from tests.tasks.dash_kit import submit_compound
 from tests.test_dashboard_http import schema_errors
 
 PAGES = ("/tasks/compounds", "/tasks/compound?id=c-1")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """One browser for all tests of this module."""
-    with open_browser() as opened:
-        yield opened
-
-
-@pytest.fixture
-def visits() -> Iterator[Visits]:
-    """Pages that a test opens."""
-    with visiting() as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -11,18 +11,7 @@ import pytest
 from playwright.sync_api import Browser, expect
 
 from ledger_tasks import Dep, Task, TaskContext, TaskLedger, TaskState, Worker, WorkerInfo
-from tests.browser_kit import (
-    CONTRAST,
-    PATIENCE_MS,
-    PAYLOAD,
-    SCREENSHOTS,
-    SIZES,
-    TOO_WIDE,
-    Visits,
-    open_browser,
-    visit,
-    visiting,
-)
+from tests.browser_kit import CONTRAST, PATIENCE_MS, PAYLOAD, SCREENSHOTS, SIZES, TOO_WIDE, Visits, visit
 from tests.dashboard_kit import Server, serving
 from tests.tasks.dash_kit import begun, guarding, tell_of_tasks
 
@@ -37,20 +26,6 @@ VIEWS = {
     "task": "/tasks/task?id=report.2",
     "dead-task": "/tasks/task?id=feed",
 }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """One browser for all tests of this module."""
-    with open_browser() as opened:
-        yield opened
-
-
-@pytest.fixture
-def visits() -> Iterator[Visits]:
-    """Pages that a test opens."""
-    with visiting() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
